@@ -1,0 +1,596 @@
+"""Owns the simulated engine: continuous batching, prefix cache and hand-off behind the Engine port, without a model.
+
+What it schedules, caches and hands over is real; what it computes is a hash, and how long that takes is a formula.
+"""
+
+import asyncio
+import hashlib
+import math
+from array import array
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from engine.protocol import (
+    EngineGoneError,
+    EngineInfo,
+    EngineLoad,
+    EngineRequest,
+    EngineStep,
+    FinishReason,
+    InvalidEngineRequestError,
+    KVHandoff,
+    Phase,
+    PrefillFacts,
+    TokenDelta,
+)
+
+CLOCK_TOLERANCE_S = 1e-6  # timers may fire a rounding error early; a deadline this near has passed
+
+
+@dataclass(frozen=True)
+class LatencyModel:
+    """How long steps and hand-offs take: straight lines. It is a model and not a measurement.
+
+    A sequence that computes more than one token in a step counts as prefill there, otherwise as decode.
+    """
+
+    prefill_s_per_token: float
+    prefill_fixed_s: float
+    decode_step_s: float
+    decode_s_per_request: float
+    handoff_fixed_s: float
+    handoff_s_per_block: float
+
+    def step_s(self, num_prefill_tokens: int, num_decode_requests: int) -> float:
+        prefill_s = self.prefill_fixed_s + self.prefill_s_per_token * num_prefill_tokens if num_prefill_tokens else 0.0
+        decode_s = self.decode_step_s + self.decode_s_per_request * num_decode_requests if num_decode_requests else 0.0
+        return prefill_s + decode_s
+
+    def handoff_s(self, num_blocks: int) -> float:
+        return self.handoff_fixed_s + self.handoff_s_per_block * num_blocks
+
+
+@dataclass(frozen=True)
+class TokenRule:
+    """A hash of the context picks the next token from `vocabulary`; a token of `stop_token_ids` ends the answer."""
+
+    vocabulary: Sequence[int] = range(32_000)
+    stop_token_ids: frozenset[int] = frozenset()
+
+    def pick(self, digest: bytes) -> int:
+        return self.vocabulary[int.from_bytes(digest, "big") % len(self.vocabulary)]
+
+
+@dataclass(frozen=True)
+class SimulatedEngineConfig:
+    """`seed` and `token_rule` stand for the weights: engines that hand over to each other share them."""
+
+    model: str
+    max_model_len: int
+    block_size_tokens: int
+    num_kv_blocks: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    seed: int
+    latency: LatencyModel
+    token_rule: TokenRule = TokenRule()
+    lease_s: float = 30.0
+    kv_block_bytes: int = 65_536
+
+    def __post_init__(self) -> None:
+        if min(self.block_size_tokens, self.max_num_seqs, self.max_num_batched_tokens) < 1:
+            raise ValueError("block_size_tokens, max_num_seqs and max_num_batched_tokens must be at least 1")
+        if self.num_kv_blocks * self.block_size_tokens < self.max_model_len:
+            raise ValueError(
+                f"{self.num_kv_blocks} KV blocks of {self.block_size_tokens} tokens cannot hold one request of "
+                f"max_model_len {self.max_model_len}; raise num_kv_blocks"
+            )
+
+
+def expected_answer(config: SimulatedEngineConfig, prompt_token_ids: Sequence[int], num_tokens: int) -> list[int]:
+    """What every simulated engine with this seed and rule writes after a prompt, stop tokens aside."""
+    context = _new_context(config.seed, [array("I", prompt_token_ids).tobytes()])
+    answer: list[int] = []
+    for _ in range(num_tokens):
+        answer.append(config.token_rule.pick(context.digest()))
+        context.update(array("I", answer[-1:]).tobytes())
+    return answer
+
+
+class SimulatedFabric:
+    """Where the engines of one simulation find each other, by replica id: the network between their KV caches."""
+
+    def __init__(self) -> None:
+        self._engines: dict[str, SimulatedEngine] = {}
+        self._num_joined = 0
+
+    def join(self, engine: "SimulatedEngine") -> bytes:
+        """Registers an engine; returns the hand-off parameters that tell it from an earlier one of the same id."""
+        if engine.replica_id in self._engines:
+            raise ValueError(f"an engine of replica {engine.replica_id} is alive already")
+        if any(e.info.block_size_tokens != engine.info.block_size_tokens for e in self._engines.values()):
+            raise ValueError(f"{engine.replica_id} has another block_size_tokens than the engines it hands over to")
+        self._engines[engine.replica_id] = engine
+        self._num_joined += 1
+        return msgspec.msgpack.encode({"engine_id": f"{engine.replica_id}#{self._num_joined}"})
+
+    def leave(self, engine: "SimulatedEngine") -> None:
+        self._engines.pop(engine.replica_id, None)
+
+    def source(self, handoff: KVHandoff) -> "SimulatedEngine | None":
+        """The living engine that still keeps the blocks of this hand-off."""
+        engine = self._engines.get(handoff.source_replica)
+        return engine if engine and engine.keeps(handoff) else None
+
+
+@dataclass(eq=False, slots=True)
+class Block:
+    """One KV block. `content` stands for the KV: the tokens it was really computed from, 4 bytes each."""
+
+    block_hash: bytes | None = None
+    content: bytes = b""
+    references: int = 0
+
+
+class BlockPool:
+    """Reference-counted blocks and the prefix cache: an unreferenced block can be found until it is evicted (LRU)."""
+
+    def __init__(self, num_blocks: int):
+        self.num_blocks = num_blocks
+        self.num_used = 0
+        self._cached: dict[bytes, Block] = {}
+        self._idle: OrderedDict[bytes, Block] = OrderedDict()
+
+    def match(self, hashes: Iterable[bytes]) -> list[Block]:
+        """The longest cached run of `hashes`; takes no reference."""
+        hits: list[Block] = []
+        for block_hash in hashes:
+            if (block := self._cached.get(block_hash)) is None:
+                break
+            hits.append(block)
+        return hits
+
+    def take(self, hits: list[Block], num_new: int) -> list[Block] | None:
+        """References `hits` and `num_new` blank blocks; None, and nothing taken, if they do not fit."""
+        num_idle_hits = sum(not block.references for block in hits)
+        if self.num_used + num_idle_hits + num_new > self.num_blocks:
+            return None
+        self.num_used += num_idle_hits + num_new
+        blocks = hits + [Block() for _ in range(num_new)]
+        for block in blocks:
+            if block.block_hash is not None and not block.references:
+                del self._idle[block.block_hash]
+            block.references += 1
+        while self.num_used + len(self._idle) > self.num_blocks:
+            evicted, _ = self._idle.popitem(last=False)
+            del self._cached[evicted]
+        return blocks
+
+    def give_back(self, blocks: Sequence[Block]) -> None:
+        for block in reversed(blocks):  # so that the end of a prompt is evicted before its beginning
+            assert block.references > 0, "a block was given back twice"
+            block.references -= 1
+            if not block.references:
+                self.num_used -= 1
+                if block.block_hash is not None:
+                    self._idle[block.block_hash] = block
+
+    def cache(self, block: Block, block_hash: bytes) -> None:
+        """Lets a full, referenced block be found, unless another one of its hash can be."""
+        if block.block_hash is None and block_hash not in self._cached:
+            block.block_hash = block_hash
+            self._cached[block_hash] = block
+
+
+@dataclass(eq=False, slots=True)
+class _Sequence:
+    """One live request. `tokens` is the prompt, then the output; `handoff` is set until its blocks are fetched."""
+
+    request: EngineRequest
+    tokens: "array[int]"
+    handoff: KVHandoff | None
+    hashes: list[bytes] = field(default_factory=list)
+    blocks: list[Block] = field(default_factory=list)
+    num_computed: int = 0
+    num_output: int = 0
+    num_local_cached: int = 0
+    num_external_cached: int = 0
+    pull_end_s: float = 0.0
+    context: Any = None
+
+    @property
+    def num_uncomputed(self) -> int:
+        return len(self.tokens) - self.num_computed
+
+    def block_hashes(self, block_size_tokens: int) -> list[bytes]:
+        """Chained hashes of the full blocks; the cache salt is the first link's parent, so it enters them all."""
+        while (end := (len(self.hashes) + 1) * block_size_tokens) <= len(self.tokens):
+            parent = self.hashes[-1] if self.hashes else _digest((self.request.cache_salt or "").encode())
+            self.hashes.append(_digest(parent + self.tokens[end - block_size_tokens : end].tobytes()))
+        return self.hashes
+
+
+@dataclass
+class _Pinned:
+    """The blocks of a hand-off; `lease_end_s` is loop time."""
+
+    blocks: list[Block]
+    lease_end_s: float
+
+
+class SimulatedEngine:
+    """Steps like vLLM's V1 scheduler: running sequences first, chunked prefill, FIFO admission of prompts whose blocks
+    fit, preemption of the youngest sequence when blocks run out. `priority` and `sampling` are ignored.
+
+    It needs a running event loop and lives on its clock, which may be a virtual one.
+    """
+
+    def __init__(self, replica_id: str, config: SimulatedEngineConfig, fabric: SimulatedFabric):
+        self.replica_id = replica_id
+        self._config = config
+        self._fabric = fabric
+        self._info = EngineInfo(
+            kind="simulated",
+            model=config.model,
+            max_model_len=config.max_model_len,
+            block_size_tokens=config.block_size_tokens,
+            num_kv_blocks=config.num_kv_blocks,
+            kv_block_bytes=config.kv_block_bytes,
+            pids=[],
+        )
+        self._pool = BlockPool(config.num_kv_blocks)
+        self._live: dict[str, _Sequence] = {}
+        self._waiting: deque[_Sequence] = deque()
+        self._pulling: list[_Sequence] = []
+        self._pulled: deque[_Sequence] = deque()
+        self._running: list[_Sequence] = []
+        self._pinned: dict[str, _Pinned] = {}
+        self._num_transfers = self._num_transfer_failures = self._num_bytes_received = 0
+        self._num_leases_expired = self._num_prompt_tokens_computed = 0
+        self._deltas: list[TokenDelta] = []
+        self._mergeable: dict[str, int] = {}
+        self._load_read = EngineLoad()
+        self._gone: str | None = None
+        self._wake = asyncio.Event()
+        self._news = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._handoff_params = fabric.join(self)
+        self._task = self._loop.create_task(self._run(), name=f"simulated-engine-{replica_id}")
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    async def submit(self, request: EngineRequest) -> None:
+        self._check_alive()
+        sequence = _Sequence(request, self._checked_tokens(request), request.handoff)
+        if request.handoff and (source := self._fabric.source(request.handoff)):
+            source.renew_lease(request.handoff, held=True)
+        self._live[request.request_id] = sequence
+        self._waiting.append(sequence)
+        self._wake.set()
+
+    async def abort(self, request_ids: Sequence[str]) -> None:
+        for request_id in request_ids:
+            if sequence := self._live.pop(request_id, None):
+                for queue in (self._waiting, self._pulling, self._pulled, self._running):
+                    if sequence in queue:
+                        queue.remove(sequence)
+                self._pool.give_back(sequence.blocks)
+                if sequence.handoff and (source := self._fabric.source(sequence.handoff)):
+                    source.unpin(sequence.handoff)
+                self._wake.set()
+
+    async def release(self, request_id: str, handoff: KVHandoff) -> None:
+        """A hand-off that was fetched, given back or expired, or whose engine is dead, is ignored."""
+        self._check_alive()
+        if source := self._fabric.source(handoff):
+            source.unpin(handoff)
+
+    async def steps(self) -> AsyncIterator[EngineStep]:
+        """To a slow reader the deltas of several steps come as one."""
+        while True:
+            await self._news.wait()
+            if self._deltas or self._load() != self._load_read:
+                step = EngineStep(self._deltas, self._load())
+                self._deltas, self._mergeable, self._load_read = [], {}, step.load
+                yield step
+            elif self._gone is not None:
+                raise EngineGoneError(self._gone)
+            else:
+                self._news.clear()
+
+    async def shutdown(self) -> None:
+        self._end("was shut down")
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    def die(self) -> None:
+        """Simulates the death of the engine's processes, in the middle of whatever it does."""
+        self._end("died")
+
+    # -- what the other engines of the fabric ask of the one that keeps the blocks
+
+    def keeps(self, handoff: KVHandoff) -> bool:
+        pinned = self._pinned.get(handoff.source_request_id)
+        return handoff.params == self._handoff_params and pinned is not None and not self._is_over(pinned.lease_end_s)
+
+    def renew_lease(self, handoff: KVHandoff, held: bool) -> None:
+        """While an engine that wants the blocks lives, its heartbeats hold the lease; it runs again from its death."""
+        end_s = math.inf if held else self._loop.time() + self._config.lease_s
+        self._pinned[handoff.source_request_id].lease_end_s = end_s
+        self._wake.set()
+
+    def unpin(self, handoff: KVHandoff) -> list[bytes]:
+        """Frees the blocks of a hand-off; returns what they held."""
+        blocks = self._pinned.pop(handoff.source_request_id).blocks
+        self._pool.give_back(blocks)
+        self._wake.set()
+        return [block.content for block in blocks]
+
+    # -- one step after the other
+
+    async def _run(self) -> None:
+        try:
+            while True:
+                self._wake.clear()
+                self._expire_leases()
+                self._finish_pulls()
+                if batch := self._schedule():
+                    num_prefill_tokens = sum(num_tokens for _, num_tokens in batch if num_tokens > 1)
+                    num_decodes = sum(num_tokens == 1 for _, num_tokens in batch)
+                    await asyncio.sleep(self._config.latency.step_s(num_prefill_tokens, num_decodes))
+                    for sequence, num_tokens in batch:
+                        if self._live.get(sequence.request.request_id) is sequence:
+                            self._compute(sequence, num_tokens)
+                    self._news.set()
+                else:
+                    self._news.set()
+                    await self._rest()
+        except Exception as error:
+            self._end(f"failed: {error!r}")
+            raise
+
+    async def _rest(self) -> None:
+        """Waits for a call, an arriving pull or the end of a lease."""
+        ends = [s.pull_end_s for s in self._pulling] + [p.lease_end_s for p in self._pinned.values()]
+        next_s = min(ends, default=math.inf)
+        try:
+            async with asyncio.timeout_at(next_s if next_s < math.inf else None):
+                await self._wake.wait()
+        except TimeoutError:
+            pass
+
+    def _is_over(self, end_s: float) -> bool:
+        return end_s <= self._loop.time() + CLOCK_TOLERANCE_S
+
+    def _expire_leases(self) -> None:
+        for request_id in [key for key, pinned in self._pinned.items() if self._is_over(pinned.lease_end_s)]:
+            self._pool.give_back(self._pinned.pop(request_id).blocks)
+            self._num_leases_expired += 1
+
+    def _schedule(self) -> list[tuple[_Sequence, int]]:
+        """The step's batch: which sequences compute how many tokens."""
+        batch: list[tuple[_Sequence, int]] = []
+        budget = self._config.max_num_batched_tokens
+        while budget and len(batch) < len(self._running):
+            sequence = self._running[len(batch)]
+            num_tokens = min(budget, sequence.num_uncomputed)
+            if not self._make_room(sequence, num_tokens):
+                break
+            batch.append((sequence, num_tokens))
+            budget -= num_tokens
+        while budget and len(self._running) < self._config.max_num_seqs and (sequence := self._next_admitted()):
+            num_tokens = min(budget, sequence.num_uncomputed)
+            self._running.append(sequence)
+            batch.append((sequence, num_tokens))
+            budget -= num_tokens
+        return batch
+
+    def _make_room(self, sequence: _Sequence, num_tokens: int) -> bool:
+        """Blocks for the next tokens, taken from the youngest sequences if need be; False if that is this one."""
+        num_new = self._num_blocks(sequence.num_computed + num_tokens) - len(sequence.blocks)
+        if num_new <= 0:
+            return True
+        while (new := self._pool.take([], num_new)) is None:
+            victim = self._running.pop()
+            self._pool.give_back(victim.blocks)
+            victim.blocks, victim.num_computed, victim.context = [], 0, None
+            self._waiting.appendleft(victim)
+            if victim is sequence:
+                return False
+        sequence.blocks += new
+        return True
+
+    def _next_admitted(self) -> _Sequence | None:
+        """The next sequence that may run, first of all one whose blocks have arrived. Starts pulls on the way."""
+        if self._pulled:
+            return self._pulled.popleft()
+        while self._waiting and self._allocate(self._waiting[0]):
+            sequence = self._waiting.popleft()
+            if sequence.handoff is None or not self._start_pull(sequence, sequence.handoff):
+                return sequence
+        return None
+
+    def _allocate(self, sequence: _Sequence) -> bool:
+        """Blocks for all its tokens, cached ones first. The last token is always computed: the next comes from it."""
+        block_size, num_tokens = self._config.block_size_tokens, len(sequence.tokens)
+        hits = self._pool.match(sequence.block_hashes(block_size)[: (num_tokens - 1) // block_size])
+        blocks = self._pool.take(hits, self._num_blocks(num_tokens) - len(hits))
+        if blocks is None:
+            return False
+        sequence.blocks = blocks
+        sequence.num_computed = sequence.num_local_cached = len(hits) * block_size
+        sequence.num_external_cached = 0
+        return True
+
+    def _num_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._config.block_size_tokens)
+
+    # -- fetching a hand-off
+
+    def _start_pull(self, sequence: _Sequence, handoff: KVHandoff) -> bool:
+        if self._fabric.source(handoff) is None:
+            self._fail_pull(sequence)
+            return False
+        num_moved = max(handoff.num_blocks - self._num_blocks(sequence.num_local_cached), 0)
+        sequence.pull_end_s = self._loop.time() + self._config.latency.handoff_s(num_moved)
+        self._pulling.append(sequence)
+        return True
+
+    def _finish_pulls(self) -> None:
+        for sequence in [s for s in self._pulling if self._is_over(s.pull_end_s)]:
+            self._pulling.remove(sequence)
+            self._pulled.append(sequence)
+            if sequence.handoff and (source := self._fabric.source(sequence.handoff)):
+                self._receive(sequence, sequence.handoff, source.unpin(sequence.handoff))
+            else:
+                self._fail_pull(sequence)
+
+    def _fail_pull(self, sequence: _Sequence) -> None:
+        """What should have come is computed here instead."""
+        sequence.handoff = None
+        self._num_transfer_failures += 1
+
+    def _receive(self, sequence: _Sequence, handoff: KVHandoff, contents: list[bytes]) -> None:
+        num_local_blocks = self._num_blocks(sequence.num_local_cached)
+        moved = contents[num_local_blocks:]
+        for block, content in zip(sequence.blocks[num_local_blocks:], moved, strict=False):
+            block.content = content
+        self._num_transfers += 1
+        self._num_bytes_received += len(moved) * self._config.kv_block_bytes
+        covered = min(handoff.num_tokens, len(sequence.tokens) - 1)
+        sequence.num_external_cached = max(covered - sequence.num_computed, 0)
+        sequence.handoff = None
+        self._advance(sequence, sequence.num_external_cached)
+
+    # -- computing
+
+    def _advance(self, sequence: _Sequence, num_tokens: int) -> None:
+        """The KV of `num_tokens` more tokens is there: full blocks can be found from now on."""
+        block_size, start = self._config.block_size_tokens, sequence.num_computed
+        sequence.num_computed += num_tokens
+        hashes = sequence.block_hashes(block_size)
+        for index in range(start // block_size, sequence.num_computed // block_size):
+            self._pool.cache(sequence.blocks[index], hashes[index])
+
+    def _compute(self, sequence: _Sequence, num_tokens: int) -> None:
+        """Writes the KV of the next tokens, and the token after them if they are the last."""
+        block_size, start = self._config.block_size_tokens, sequence.num_computed
+        end, num_prompt_tokens = start + num_tokens, len(sequence.request.prompt_token_ids)
+        for position in range(start - start % block_size, end, block_size):
+            block, first = sequence.blocks[position // block_size], max(position, start)
+            new = sequence.tokens[first : min(position + block_size, end)].tobytes()
+            block.content = block.content[: (first - position) * sequence.tokens.itemsize] + new
+        self._num_prompt_tokens_computed += max(min(end, num_prompt_tokens) - start, 0)
+        self._advance(sequence, num_tokens)
+        if sequence.num_uncomputed:
+            return
+        # The answer follows from what the blocks hold, not from the request: another prompt's KV gives its answer.
+        if sequence.context is None:
+            sequence.context = _new_context(self._config.seed, [block.content for block in sequence.blocks])
+        else:
+            sequence.context.update(sequence.tokens[start:].tobytes())
+        self._append_token(sequence, self._config.token_rule.pick(sequence.context.digest()))
+
+    def _append_token(self, sequence: _Sequence, token: int) -> None:
+        request, facts, handoff, finish = sequence.request, None, None, None
+        if not sequence.num_output:
+            num_prompt, local = len(request.prompt_token_ids), sequence.num_local_cached
+            external = sequence.num_external_cached
+            facts = PrefillFacts(num_prompt, num_prompt - local - external, local, external)
+        sequence.tokens.append(token)
+        sequence.num_output += 1
+        is_stop = request.phase is Phase.DECODE and token in self._config.token_rule.stop_token_ids
+        if is_stop:
+            finish = FinishReason.STOP
+        elif request.phase is Phase.PREFILL:
+            finish, handoff = FinishReason.LENGTH, self._pin(sequence)
+        elif sequence.num_output >= request.max_tokens or len(sequence.tokens) >= self._config.max_model_len:
+            finish = FinishReason.LENGTH
+        if finish is not None:
+            self._running.remove(sequence)
+            del self._live[request.request_id]
+            if handoff is None:
+                self._pool.give_back(sequence.blocks)
+        self._emit(TokenDelta(request.request_id, [token], finish, token if is_stop else None, None, facts, handoff))
+
+    def _pin(self, sequence: _Sequence) -> KVHandoff:
+        request_id, num_tokens = sequence.request.request_id, len(sequence.request.prompt_token_ids)
+        self._pinned[request_id] = _Pinned(sequence.blocks, self._loop.time() + self._config.lease_s)
+        return KVHandoff(self.replica_id, request_id, num_tokens, len(sequence.blocks), self._handoff_params)
+
+    def _emit(self, delta: TokenDelta) -> None:
+        """Appends a delta, or merges it into the one of the same request that nobody has read yet."""
+        index = self._mergeable.get(delta.request_id)
+        if index is None:
+            self._mergeable[delta.request_id] = len(self._deltas)
+            self._deltas.append(delta)
+        else:
+            unread = self._deltas[index]
+            unread.token_ids.extend(delta.token_ids)
+            self._deltas[index] = msgspec.structs.replace(delta, token_ids=unread.token_ids, prefill=unread.prefill)
+        if delta.finish_reason is not None:
+            del self._mergeable[delta.request_id]
+
+    # -- state
+
+    def _load(self) -> EngineLoad:
+        return EngineLoad(
+            num_running_requests=len(self._running),
+            num_waiting_requests=len(self._waiting) + len(self._pulling) + len(self._pulled),
+            num_kv_blocks_used=self._pool.num_used,
+            kv_bytes_received_total=self._num_bytes_received,
+            kv_transfers_total=self._num_transfers,
+            kv_transfer_failures_total=self._num_transfer_failures,
+            kv_leases_expired_total=self._num_leases_expired,
+            prompt_tokens_computed_total=self._num_prompt_tokens_computed,
+        )
+
+    def _check_alive(self) -> None:
+        if self._gone is not None:
+            raise EngineGoneError(self._gone)
+
+    def _checked_tokens(self, request: EngineRequest) -> "array[int]":
+        num_tokens, limit, handoff = len(request.prompt_token_ids), self._config.max_model_len, request.handoff
+        wrong = None
+        if not 0 < num_tokens < limit:
+            wrong = f"prompt_token_ids holds {num_tokens} tokens; 1 to {limit - 1} fit"
+        elif request.max_tokens < 1:
+            wrong = f"max_tokens is {request.max_tokens}; at least 1 is needed"
+        elif request.request_id in self._live or request.request_id in self._pinned:
+            wrong = f"request_id {request.request_id} is already on {self.replica_id}"
+        elif handoff is not None and request.phase is Phase.PREFILL:
+            wrong = "handoff is set, but prefill makes hand-offs and takes none"
+        elif handoff is not None and handoff.num_tokens > num_tokens:
+            wrong = f"handoff covers {handoff.num_tokens} tokens, the prompt has only {num_tokens}"
+        if wrong is not None:
+            raise InvalidEngineRequestError(wrong)
+        try:
+            return array("I", request.prompt_token_ids)
+        except (OverflowError, TypeError) as error:
+            raise InvalidEngineRequestError(f"prompt_token_ids holds what is no token id: {error}") from error
+
+    def _end(self, why: str) -> None:
+        if self._gone is not None:
+            return
+        self._gone = f"the simulated engine of replica {self.replica_id} {why}"
+        self._fabric.leave(self)
+        for sequence in self._live.values():
+            if sequence.handoff and (source := self._fabric.source(sequence.handoff)):
+                source.renew_lease(sequence.handoff, held=False)
+        self._task.cancel()
+        self._news.set()
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+def _new_context(seed: int, contents: Iterable[bytes]) -> Any:
+    context = hashlib.blake2b(f"{seed}:".encode(), digest_size=8)
+    context.update(b"".join(contents))
+    return context

@@ -1,0 +1,242 @@
+"""The outbox of one report stream: what leaves when, in which order, and what a slow reader gets."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.protocol import EngineGoneError, EngineInfo, EngineLoad, Phase, TokenDelta, WorkerReport
+from engine.reports import LOAD_INTERVAL_S, Outbox
+from tests.unit.virtual_time import now_s, simulate
+
+INFO = EngineInfo("simulated", "model", 256, 8, 64, 1024, [])
+
+
+def load(number: int) -> EngineLoad:
+    return EngineLoad(num_running_requests=number)
+
+
+def delta(number: int) -> TokenDelta:
+    return TokenDelta("r", [number])
+
+
+class Reader:
+    """Reads a stream as fast as it can; notes when each report came."""
+
+    def __init__(self, stream: AsyncIterator[WorkerReport]):
+        self.reports: list[WorkerReport] = []
+        self.times_s: list[float] = []
+        self.error: BaseException | None = None
+        self.task = asyncio.create_task(self._read(stream))
+
+    async def _read(self, stream: AsyncIterator[WorkerReport]) -> None:
+        try:
+            async for report in stream:
+                self.reports.append(report)
+                self.times_s.append(now_s())
+        except EngineGoneError as error:
+            self.error = error
+
+    @property
+    def tokens(self) -> list[list[int]]:
+        return [[token for delta in report.deltas for token in delta.token_ids] for report in self.reports]
+
+    async def caught_up(self) -> None:
+        """Lets everything happen that can happen now."""
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+
+
+def new_outbox() -> Outbox:
+    return Outbox("decode-0", Phase.DECODE, INFO, load(0))
+
+
+def test_the_first_report_comes_at_once_and_alone_carries_the_engines_info() -> None:
+    async def main() -> None:
+        outbox = new_outbox()
+        reader = Reader(outbox.reports())
+        await reader.caught_up()
+        outbox.put([delta(1)], load(1))
+        await reader.caught_up()
+        outbox.close()
+        await reader.task
+        assert reader.reports == [
+            WorkerReport("decode-0", Phase.DECODE, 0, [], load(0), INFO),
+            WorkerReport("decode-0", Phase.DECODE, 1, [delta(1)], load(1), None),
+        ]
+
+    simulate(main)
+
+
+def test_deltas_leave_at_once_one_report_per_step() -> None:
+    async def main() -> None:
+        outbox = new_outbox()
+        reader = Reader(outbox.reports())
+        await reader.caught_up()
+        for step in range(1, 6):
+            outbox.put([delta(2 * step), delta(2 * step + 1)], load(step))
+            await reader.caught_up()
+        assert reader.tokens == [[], *([2 * step, 2 * step + 1] for step in range(1, 6))]
+        assert reader.times_s == [0.0] * 6
+        assert [report.sequence for report in reader.reports] == list(range(6))
+        outbox.close()
+        await reader.task
+
+    simulate(main)
+
+
+def test_load_alone_waits_for_company_but_not_for_long() -> None:
+    async def main() -> None:
+        outbox = new_outbox()
+        reader = Reader(outbox.reports())
+        for step in range(1, 101):
+            await asyncio.sleep(0.01)
+            outbox.put([], load(step))
+        await asyncio.sleep(1.0)
+        outbox.close()
+        await reader.task
+        gaps_s = [later - earlier for earlier, later in zip(reader.times_s, reader.times_s[1:], strict=False)]
+        assert min(gaps_s) >= LOAD_INTERVAL_S - 1e-9
+        assert len(reader.reports) == pytest.approx(1.0 / LOAD_INTERVAL_S + 1, abs=2)
+        assert reader.reports[-1].load == load(100)
+        assert reader.times_s[-1] <= 1.0 + LOAD_INTERVAL_S + 1e-9
+
+    simulate(main)
+
+
+def test_a_load_that_waits_leaves_with_the_next_delta() -> None:
+    async def main() -> None:
+        outbox = new_outbox()
+        reader = Reader(outbox.reports())
+        await reader.caught_up()
+        outbox.put([], load(1))
+        await asyncio.sleep(LOAD_INTERVAL_S / 2)
+        assert len(reader.reports) == 1
+        outbox.put([delta(1)], load(1))
+        await reader.caught_up()
+        assert reader.reports[1:] == [WorkerReport("decode-0", Phase.DECODE, 1, [delta(1)], load(1))]
+        assert reader.times_s[1] == pytest.approx(LOAD_INTERVAL_S / 2)
+        outbox.close()
+        await reader.task
+
+    simulate(main)
+
+
+def test_an_unchanged_load_is_not_reported() -> None:
+    async def main() -> None:
+        outbox = new_outbox()
+        reader = Reader(outbox.reports())
+        for _ in range(10):
+            await asyncio.sleep(LOAD_INTERVAL_S)
+            outbox.put([], load(0))
+        assert len(reader.reports) == 1
+        outbox.close()
+        await reader.task
+
+    simulate(main)
+
+
+def test_a_slow_reader_gets_what_it_missed_in_one_report() -> None:
+    async def main() -> None:
+        outbox = new_outbox()
+        reports = outbox.reports()
+        await anext(reports)
+        for step in range(1, 51):
+            outbox.put([delta(step)], load(step))
+        report = await anext(reports)
+        assert report.deltas == [delta(step) for step in range(1, 51)]
+        assert (report.sequence, report.load) == (1, load(50))
+
+    simulate(main)
+
+
+def test_a_failure_ends_the_stream_after_what_was_before() -> None:
+    async def main() -> None:
+        outbox = new_outbox()
+        reader = Reader(outbox.reports())
+        await reader.caught_up()
+        outbox.put([delta(1)], load(1))
+        outbox.fail(EngineGoneError("died"))
+        await reader.task
+        assert reader.tokens == [[], [1]]
+        assert str(reader.error) == "died"
+
+    simulate(main)
+
+
+@pytest.mark.parametrize("waiting_for", ["anything", "company for its load"])
+def test_a_failure_reaches_a_reader_that_waits(waiting_for: str) -> None:
+    async def main() -> None:
+        outbox = new_outbox()
+        reader = Reader(outbox.reports())
+        await reader.caught_up()
+        if waiting_for == "company for its load":
+            outbox.put([], load(1))
+            await reader.caught_up()
+        outbox.fail(EngineGoneError("died"))
+        await reader.task
+        assert str(reader.error) == "died"
+        assert now_s() == 0.0
+
+    simulate(main)
+
+
+@pytest.mark.parametrize("waiting_for", ["anything", "company for its load"])
+def test_a_closed_outbox_ends_its_stream(waiting_for: str) -> None:
+    async def main() -> None:
+        outbox = new_outbox()
+        reader = Reader(outbox.reports())
+        await reader.caught_up()
+        if waiting_for == "company for its load":
+            outbox.put([], load(1))
+            await reader.caught_up()
+        outbox.close()
+        await reader.task
+        assert (len(reader.reports), reader.error) == (1, None)
+        assert now_s() == 0.0
+
+    simulate(main)
+
+
+@given(
+    steps=st.lists(
+        st.tuples(
+            st.integers(0, 3),  # deltas
+            st.integers(0, 2),  # load
+            st.sampled_from([0.0, 0.001, 0.03, 0.1]),  # pause before it
+            st.booleans(),  # whether a reader that dawdles reads one report after it
+        )
+    )
+)
+@settings(max_examples=150, deadline=None)
+def test_every_delta_comes_once_and_in_order_at_any_pace(steps: list[tuple[int, int, float, bool]]) -> None:
+    async def main() -> None:
+        slow_outbox, quick_outbox = new_outbox(), new_outbox()
+        quick, slow = Reader(quick_outbox.reports()), slow_outbox.reports()
+        slow_reports = [await anext(slow)]
+        number, last = 0, load(0)
+        for num_deltas, next_load, pause_s, reads in steps:
+            await asyncio.sleep(pause_s)
+            deltas = [delta(number + index) for index in range(num_deltas)]
+            number, last = number + num_deltas, load(next_load)
+            for outbox in (slow_outbox, quick_outbox):
+                outbox.put(deltas, last)
+            if reads and deltas:
+                slow_reports.append(await anext(slow))
+        for outbox in (slow_outbox, quick_outbox):
+            outbox.fail(EngineGoneError("died"))
+        await quick.task
+        slow_end = Reader(slow)
+        await slow_end.task
+        slow_reports += slow_end.reports
+        for reports in (quick.reports, slow_reports):
+            tokens = [token for report in reports for delta in report.deltas for token in delta.token_ids]
+            assert tokens == list(range(number))
+            assert [report.sequence for report in reports] == list(range(len(reports)))
+            assert reports[-1].load == last
+        assert len(quick.reports) <= len(steps) + 1
+
+    simulate(main)

@@ -1,0 +1,374 @@
+"""A worker between one engine and any number of gateways: who is told what, who may do what, and what ends when."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+
+import pytest
+
+from decode.worker import DecodeWorker
+from engine.protocol import (
+    EngineGoneError,
+    EngineInfo,
+    EngineLoad,
+    EngineRequest,
+    EngineStep,
+    FinishReason,
+    InvalidEngineRequestError,
+    KVHandoff,
+    Phase,
+    TokenDelta,
+    WorkerReport,
+)
+from engine.worker import Worker
+from prefill.worker import PrefillWorker
+from tests.unit.virtual_time import simulate
+
+HANDOFF = KVHandoff("prefill-0", "r", 3, 1, b"")
+
+
+class ScriptedEngine:
+    """An engine that does nothing but what the test tells it to, and notes what it is asked for."""
+
+    info = EngineInfo("scripted", "model", 256, 8, 64, 1024, [])
+
+    def __init__(self) -> None:
+        self.submitted: list[str] = []
+        self.aborted: list[str] = []
+        self.released: list[KVHandoff] = []
+        self.is_shut_down = False
+        self.refusal: Exception | None = None
+        self._steps: asyncio.Queue[EngineStep | Exception] = asyncio.Queue()
+
+    async def step(self, *deltas: TokenDelta, running: int = 0) -> None:
+        """One engine step; returns when the worker has folded it."""
+        self._steps.put_nowait(EngineStep(list(deltas), EngineLoad(num_running_requests=running)))
+        await settled()
+
+    async def fail(self, error: Exception) -> None:
+        self._steps.put_nowait(error)
+        await settled()
+
+    async def submit(self, request: EngineRequest) -> None:
+        if self.refusal:
+            raise self.refusal
+        self.submitted.append(request.request_id)
+
+    async def abort(self, request_ids: Sequence[str]) -> None:
+        self.aborted += request_ids
+
+    async def release(self, request_id: str, handoff: KVHandoff) -> None:
+        self.released.append(handoff)
+
+    async def steps(self) -> AsyncIterator[EngineStep]:
+        while True:
+            step = await self._steps.get()
+            if isinstance(step, Exception):
+                raise step
+            yield step
+
+    async def shutdown(self) -> None:
+        self.is_shut_down = True
+
+
+class Gateway:
+    """A gateway that reads its report stream all the time."""
+
+    def __init__(self, worker: Worker, gateway_id: str):
+        self.reports: list[WorkerReport] = []
+        self.error: BaseException | None = None
+        self.task = asyncio.create_task(self._read(worker, gateway_id))
+
+    async def _read(self, worker: Worker, gateway_id: str) -> None:
+        try:
+            async for report in worker.attach(gateway_id):
+                self.reports.append(report)
+        except EngineGoneError as error:
+            self.error = error
+
+    @property
+    def deltas(self) -> list[TokenDelta]:
+        return [delta for report in self.reports for delta in report.deltas]
+
+    async def vanish(self) -> None:
+        self.task.cancel()
+        await asyncio.gather(self.task, return_exceptions=True)
+
+
+class Rig:
+    """A worker of one phase over a scripted engine, with the gateways `a` and `b` attached."""
+
+    def __init__(self, phase: Phase = Phase.DECODE):
+        self.phase = phase
+        self.engine = ScriptedEngine()
+        worker_class = DecodeWorker if phase is Phase.DECODE else PrefillWorker
+        self.worker = worker_class(f"{phase}-0", self.engine)
+
+    async def __aenter__(self) -> "Rig":
+        self.a, self.b = Gateway(self.worker, "a"), Gateway(self.worker, "b")
+        await settled()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.a.vanish()
+        await self.b.vanish()
+        await self.worker.shutdown()
+
+    async def submit(self, gateway_id: str, request_id: str, handoff: KVHandoff | None = None) -> None:
+        await self.worker.submit(gateway_id, EngineRequest(request_id, self.phase, [1, 2, 3], 5, handoff=handoff))
+
+
+async def settled() -> None:
+    """Lets every task do what it can do now; time stands still."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+def delta(request_id: str, number: int, finish: FinishReason | None = None, **more: KVHandoff) -> TokenDelta:
+    return TokenDelta(request_id, [number], finish, **more)
+
+
+def test_each_gateway_is_told_of_its_own_requests_in_order_and_once() -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            await rig.submit("a", "a1")
+            await rig.submit("b", "b1")
+            await rig.submit("a", "a2")
+            for number in range(5):
+                await rig.engine.step(*(delta(r, number) for r in ("b1", "a1", "a2")), running=3)
+            numbers = range(5)
+            assert rig.a.deltas == [delta(r, number) for number in numbers for r in ("a1", "a2")]
+            assert rig.b.deltas == [delta("b1", number) for number in numbers]
+            assert all(report.load.num_running_requests == 3 for report in rig.a.reports[1:])
+            assert [report.sequence for report in rig.a.reports] == list(range(6))
+
+    simulate(main)
+
+
+def test_a_gateway_that_attaches_learns_the_engines_info_and_its_load() -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            await rig.engine.step(running=7)
+            late = Gateway(rig.worker, "late")
+            await settled()
+            (report,) = late.reports
+            assert report.info == rig.engine.info
+            assert (report.replica_id, report.phase) == ("decode-0", Phase.DECODE)
+            assert report.load.num_running_requests == 7
+            await late.vanish()
+
+    simulate(main)
+
+
+def test_requests_that_are_refused_do_not_reach_the_engine() -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            await rig.submit("a", "r")
+            for gateway_id, request_id, phase, why in (
+                ("nobody", "x", Phase.DECODE, "gateway nobody is not attached to decode-0"),
+                ("a", "x", Phase.PREFILL, "decode-0 does decode, not prefill"),
+                ("a", "r", Phase.DECODE, "request r is already on decode-0"),
+                ("b", "r", Phase.DECODE, "request r is already on decode-0"),
+            ):
+                with pytest.raises(InvalidEngineRequestError, match=why):
+                    await rig.worker.submit(gateway_id, EngineRequest(request_id, phase, [1], 5))
+            assert rig.engine.submitted == ["r"]
+
+    simulate(main)
+
+
+def test_a_request_id_is_free_again_when_its_request_has_ended() -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            for end in ("finished", "aborted", "refused"):
+                if end == "refused":
+                    rig.engine.refusal = InvalidEngineRequestError("no room")
+                    with pytest.raises(InvalidEngineRequestError, match="no room"):
+                        await rig.submit("a", "r")
+                    rig.engine.refusal = None
+                else:
+                    await rig.submit("a", "r")
+                    if end == "finished":
+                        await rig.engine.step(delta("r", 1, FinishReason.STOP))
+                    else:
+                        await rig.worker.abort("a", ["r"])
+            await rig.submit("b", "r")
+            await rig.engine.step(delta("r", 2))
+            assert rig.b.deltas == [delta("r", 2)]
+            assert rig.a.deltas == [delta("r", 1, FinishReason.STOP)]
+
+    simulate(main)
+
+
+def test_a_gateway_aborts_its_own_requests_only() -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            await rig.submit("a", "mine")
+            await rig.submit("b", "theirs")
+            await rig.worker.abort("a", ["theirs", "unknown"])
+            assert rig.engine.aborted == []
+            await rig.worker.abort("a", ["mine", "theirs"])
+            await rig.worker.abort("a", ["mine"])
+            assert rig.engine.aborted == ["mine"]
+            await rig.engine.step(delta("mine", 1), delta("theirs", 2))
+            assert (rig.a.deltas, rig.b.deltas) == ([], [delta("theirs", 2)])
+
+    simulate(main)
+
+
+def test_a_gateway_that_vanishes_has_its_requests_aborted() -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            await rig.submit("a", "a1")
+            await rig.submit("b", "b1")
+            await rig.submit("a", "a2")
+            await rig.a.vanish()
+            assert rig.engine.aborted == ["a1", "a2"]
+            with pytest.raises(InvalidEngineRequestError, match="attach first"):
+                await rig.submit("a", "a3")
+            await rig.engine.step(delta("b1", 1))
+            assert rig.b.deltas == [delta("b1", 1)]
+
+    simulate(main)
+
+
+def test_a_second_attachment_replaces_the_first() -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            await rig.submit("a", "old")
+            again = Gateway(rig.worker, "a")
+            await settled()
+            assert rig.engine.aborted == ["old"]
+            assert rig.a.task.done()
+            assert rig.a.error is None
+            await rig.submit("a", "new")
+            await rig.a.vanish()
+            await rig.engine.step(delta("new", 1))
+            assert again.deltas == [delta("new", 1)]
+            assert rig.engine.aborted == ["old"]
+            await again.vanish()
+
+    simulate(main)
+
+
+@pytest.mark.parametrize("error", [EngineGoneError("died"), ZeroDivisionError("a bug")])
+def test_the_engines_end_is_told_after_what_was_before_and_refuses_everything_after(error: Exception) -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            await rig.submit("a", "r")
+            rig.engine._steps.put_nowait(EngineStep([delta("r", 1)], EngineLoad()))
+            await rig.engine.fail(error)
+            assert rig.a.deltas == [delta("r", 1)]
+            for gateway in (rig.a, rig.b):
+                assert isinstance(gateway.error, EngineGoneError)
+                assert str(error) in str(gateway.error)
+            assert rig.worker.failure is rig.a.error
+            with pytest.raises(EngineGoneError):
+                await rig.submit("a", "x")
+            with pytest.raises(EngineGoneError):
+                await anext(rig.worker.attach("a"))
+        assert rig.engine.is_shut_down
+
+    simulate(main)
+
+
+def test_a_prefill_worker_takes_no_handoff() -> None:
+    async def main() -> None:
+        async with Rig(Phase.PREFILL) as rig:
+            with pytest.raises(InvalidEngineRequestError, match="carries no hand-off"):
+                await rig.submit("a", "r", HANDOFF)
+            assert rig.engine.submitted == []
+
+    simulate(main)
+
+
+@pytest.mark.parametrize("owner", ["attached", "gone"])
+def test_a_handoff_that_overtakes_its_abort_is_told_so_that_it_can_be_given_back(owner: str) -> None:
+    async def main() -> None:
+        async with Rig(Phase.PREFILL) as rig:
+            await rig.submit("b", "r")
+            if owner == "attached":
+                await rig.worker.abort("b", ["r"])
+            else:
+                await rig.b.vanish()
+            late = delta("r", 1, FinishReason.LENGTH, handoff=HANDOFF)
+            await rig.engine.step(late)
+            assert rig.b.deltas == ([late] if owner == "attached" else [])
+            assert rig.a.deltas == ([] if owner == "attached" else [late])
+
+    simulate(main)
+
+
+# -- hand-offs are good for one use (invariant I1)
+
+
+def test_a_handoff_is_taken_once_whoever_comes_with_it() -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            await rig.submit("a", "r1", HANDOFF)
+            for gateway_id in ("a", "b"):
+                with pytest.raises(InvalidEngineRequestError, match="hand-off r of prefill-0 was consumed before"):
+                    await rig.submit(gateway_id, "r2", HANDOFF)
+            with pytest.raises(InvalidEngineRequestError, match="consumed before"):
+                await rig.worker.release("release-r", HANDOFF)
+            assert (rig.engine.submitted, rig.engine.released) == (["r1"], [])
+            await rig.submit("a", "r2")
+
+    simulate(main)
+
+
+def test_a_released_handoff_cannot_be_taken() -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            await rig.worker.release("release-r", HANDOFF)
+            with pytest.raises(InvalidEngineRequestError, match="consumed before"):
+                await rig.submit("a", "r", HANDOFF)
+            assert (rig.engine.submitted, rig.engine.released) == ([], [HANDOFF])
+
+    simulate(main)
+
+
+def test_handoffs_of_other_replicas_and_requests_are_other_handoffs() -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            for number, (replica, request_id) in enumerate([("p0", "r0"), ("p0", "r1"), ("p1", "r0")]):
+                await rig.submit("a", f"d{number}", KVHandoff(replica, request_id, 3, 1, b""))
+            assert len(rig.engine.submitted) == 3
+
+    simulate(main)
+
+
+def test_a_handoff_of_a_longer_prompt_is_refused_and_not_consumed() -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            longer = KVHandoff("prefill-0", "r", 4, 1, b"")
+            with pytest.raises(InvalidEngineRequestError, match="covers 4 tokens, the prompt has only 3"):
+                await rig.submit("a", "r", longer)
+            await rig.worker.release("release-r", longer)
+
+    simulate(main)
+
+
+def test_a_handoff_that_the_engine_refuses_can_still_be_given_back() -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            rig.engine.refusal = InvalidEngineRequestError("no room")
+            with pytest.raises(InvalidEngineRequestError, match="no room"):
+                await rig.submit("a", "r", HANDOFF)
+            await rig.worker.release("release-r", HANDOFF)
+            assert rig.engine.released == [HANDOFF]
+
+    simulate(main)
+
+
+def test_a_handoff_whose_fate_is_unknown_is_not_given_back() -> None:
+    """The engine may have begun to fetch it: its blocks must not be freed under the pull."""
+
+    async def main() -> None:
+        async with Rig() as rig:
+            rig.engine.refusal = EngineGoneError("died")
+            with pytest.raises(EngineGoneError):
+                await rig.submit("a", "r", HANDOFF)
+            with pytest.raises(InvalidEngineRequestError, match="consumed before"):
+                await rig.worker.release("release-r", HANDOFF)
+
+    simulate(main)
