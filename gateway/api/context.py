@@ -1,0 +1,36 @@
+"""Owns what is known of the HTTP request being served: its id, and what the cluster said to it."""
+
+import contextvars
+from dataclasses import dataclass
+
+from gateway.routing.types import Rejection
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a request failed, as its client is told."""
+
+    status: int
+    message: str
+    param: str | None = None
+    kind: str | None = None
+
+
+@dataclass
+class RequestContext:
+    """One HTTP request. `num_groups` counts the prompts it has placed, each with a receipt of its own; `answering`
+    says that an engine has begun to answer, `failure` that the request failed before."""
+
+    request_id: str
+    rejection: Rejection | None = None
+    failure: Failure | None = None
+    answering: bool = False
+    num_groups: int = 0
+
+    def next_receipt_id(self) -> str:
+        """The first prompt's receipt has the request's own id; further prompts add -1, -2, ..."""
+        self.num_groups += 1
+        return self.request_id if self.num_groups == 1 else f"{self.request_id}-{self.num_groups - 1}"
+
+
+current: contextvars.ContextVar[RequestContext | None] = contextvars.ContextVar("baton_request", default=None)

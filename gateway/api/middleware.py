@@ -1,0 +1,290 @@
+"""Owns the ASGI layers around vLLM's app: what is let in, when a response may start, how long a send may take."""
+
+import asyncio
+import contextlib
+import json
+import logging
+import uuid
+
+import msgspec
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from gateway.api import context, fields
+
+log = logging.getLogger("baton.api")
+
+DEPARTURE_S = 5.0
+"""How long the application may take to stop what a client has left behind."""
+
+REQUEST_ID_HEADER = "x-baton-request-id"
+UNREADABLE = "the request cannot be read: one of its parts is not what its type says"
+OPENAI_KINDS = {
+    400: "BadRequestError",
+    404: "NotFoundError",
+    413: "RequestEntityTooLargeError",
+    500: "InternalServerError",
+}
+ANTHROPIC_KINDS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    500: "api_error",
+}
+
+
+class ClientTooSlow(OSError):
+    """The client did not read for longer than the configuration allows; it is treated as gone."""
+
+
+class Departure:
+    """Tells the application that its client has left. Serve says so by cancelling the request, which vLLM's handlers do
+    not pass on to the generation they wait for; a disconnect message they do. The application then has time to stop.
+    """
+
+    def __init__(self, app: ASGIApp):
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        left = asyncio.Event()
+
+        async def receive_until_left() -> Message:
+            tasks = [asyncio.ensure_future(receive()), asyncio.create_task(left.wait())]
+            try:
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                return {"type": "http.disconnect"} if left.is_set() else await tasks[0]
+            finally:
+                for task in tasks:
+                    task.cancel()
+
+        async def send_until_left(message: Message) -> None:
+            if not left.is_set():
+                await send(message)
+
+        answering = asyncio.ensure_future(self._app(scope, receive_until_left, send_until_left))
+        try:
+            await asyncio.shield(answering)
+        except asyncio.CancelledError:
+            left.set()
+            await asyncio.wait([answering], timeout=DEPARTURE_S)
+            answering.cancel()
+            raise
+
+
+class Intake:
+    """Lets in bodies of a bounded size that hold nothing but allowed fields; answers 413 or 400 to others."""
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int, max_choices: int):
+        self._app = app
+        self._max_body_bytes = max_body_bytes
+        self._max_choices = max_choices
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        if refused := fields.check_headers(headers):
+            await _send_error(scope, send, 400, refused.message, refused.param)
+            return
+        path = scope["path"]
+        if scope["method"] != "POST" or path not in fields.ALLOWED:
+            await self._app(scope, receive, send)
+            return
+        body = await self._read(headers, receive)
+        if body is None:
+            message = f"the request body is larger than {self._max_body_bytes} bytes"
+            await _send_error(scope, send, 413, message)
+            return
+        checked = self._check(path, body)
+        if isinstance(checked, fields.Refused):
+            await _send_error(scope, send, 400, checked.message, checked.param)
+            return
+        await self._app(_with_length(scope, len(checked)), _replay(checked, receive), send)
+
+    async def _read(self, headers: Headers, receive: Receive) -> bytes | None:
+        declared = headers.get("content-length", "0")
+        if declared.isdecimal() and int(declared) > self._max_body_bytes:
+            return None
+        chunks: list[bytes] = []
+        size = 0
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return b""
+            chunk = message.get("body", b"")
+            size += len(chunk)
+            if size > self._max_body_bytes:
+                return None
+            chunks.append(chunk)
+            if not message.get("more_body", False):
+                return b"".join(chunks)
+
+    def _check(self, path: str, body: bytes) -> bytes | fields.Refused:
+        try:
+            data = msgspec.json.decode(body)
+        except (msgspec.DecodeError, RecursionError) as error:
+            return fields.Refused(f"the request body is not valid JSON: {error}")
+        if not isinstance(data, dict):
+            return fields.Refused("the request body must be a JSON object")
+        checked = fields.check_body(path, data, self._max_choices)
+        if isinstance(checked, fields.Refused):
+            return checked
+        return body if checked == data else msgspec.json.encode(checked)
+
+
+class ResponseStart:
+    """Holds a response's start until its first body message, and a stream's until an engine has begun to answer, so
+    that a refusal of a streaming request still gets its own status; gives errors the shape their path's clients
+    expect; adds the receipt's id; bounds each send to a client that does not read."""
+
+    def __init__(self, app: ASGIApp, send_timeout_s: float):
+        self._app = app
+        self._send_timeout_s = send_timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request = context.RequestContext(uuid.uuid4().hex)
+        token = context.current.set(request)
+        held: list[Message] = []
+        started = streaming = False
+
+        async def bounded(message: Message) -> None:
+            try:
+                async with asyncio.timeout(self._send_timeout_s):
+                    await send(message)
+            except TimeoutError as error:
+                raise ClientTooSlow(f"the client read nothing for {self._send_timeout_s:.0f} s") from error
+
+        async def held_send(message: Message) -> None:
+            nonlocal started, streaming
+            if started:
+                await bounded(message)
+                return
+            held.append(message)
+            if not _is_certain(held, request):
+                return
+            started, streaming = True, _is_stream(held[0])
+            for ready in _released(scope["path"], held, request):
+                await bounded(ready)
+            held.clear()
+
+        try:
+            await self._app(scope, receive, held_send)
+        except OSError:
+            # The client is gone, or too slow: there is nobody to tell.
+            raise
+        except Exception:
+            # Nothing was placed: vLLM stumbled over the request while it read it, so it is the client's to mend.
+            unread = not (held or started or request.num_groups) and scope["path"] in fields.ALLOWED
+            if not held and not (started and streaming) and not unread:
+                raise
+            log.exception("a response of %s broke off", scope["path"])
+            failure = request.failure or context.Failure(500, "Internal server error")
+            if unread:
+                failure = context.Failure(400, UNREADABLE)
+            body = error_body(scope["path"], failure.status, failure.message, failure.param, failure.kind)
+            if started:
+                await bounded({"type": "http.response.body", "body": b"event: error\ndata: " + body + b"\n\n"})
+                return
+            for ready in _messages(failure.status, body, MutableHeaders({REQUEST_ID_HEADER: request.request_id})):
+                await bounded(ready)
+        finally:
+            with contextlib.suppress(ValueError):
+                context.current.reset(token)
+
+
+def _is_certain(held: list[Message], request: context.RequestContext) -> bool:
+    """Whether nothing can change the status any more: an answer has begun, or the whole response is here."""
+    start, last = held[0], held[-1]
+    if last["type"] != "http.response.body":
+        return False
+    if not last.get("more_body", False):
+        return True
+    return start["status"] < 400 and (not _is_stream(start) or request.answering)
+
+
+def _released(path: str, held: list[Message], request: context.RequestContext) -> list[Message]:
+    """The messages that go out in place of those held."""
+    start = held[0]
+    headers = MutableHeaders(raw=start["headers"])
+    headers[REQUEST_ID_HEADER] = request.request_id
+    if request.rejection is not None:
+        rejection = request.rejection
+        headers = MutableHeaders({"retry-after": str(rejection.retry_after_s), REQUEST_ID_HEADER: request.request_id})
+        return _messages(rejection.status, error_body(path, rejection.status, rejection.reason), headers)
+    failure = request.failure
+    if failure is not None and _is_stream(start) and not request.answering:
+        headers = MutableHeaders({REQUEST_ID_HEADER: request.request_id})
+        body = error_body(path, failure.status, failure.message, failure.param, failure.kind)
+        return _messages(failure.status, body, headers)
+    if start["status"] >= 400 and _is_anthropic(path):
+        body = b"".join(message.get("body", b"") for message in held[1:])
+        return _messages(start["status"], error_body(path, start["status"], _error_message(body)), headers)
+    return held
+
+
+def _is_stream(start: Message) -> bool:
+    return Headers(raw=start["headers"]).get("content-type", "").startswith("text/event-stream")
+
+
+def _is_anthropic(path: str) -> bool:
+    return path.startswith("/v1/messages")
+
+
+def _error_message(body: bytes) -> str:
+    """The message of an error body in either shape; else the body itself."""
+    try:
+        return str(msgspec.json.decode(body)["error"]["message"])
+    except (msgspec.DecodeError, KeyError, TypeError):
+        return body.decode(errors="replace")
+
+
+def error_body(path: str, status: int, message: str, param: str | None = None, kind: str | None = None) -> bytes:
+    """An error in the shape the path's clients expect: OpenAI's, or Anthropic's under /v1/messages."""
+    if _is_anthropic(path):
+        # 529 and every status that is not listed is for trying again later.
+        kind = ANTHROPIC_KINDS.get(status, "overloaded_error")
+        return json.dumps({"type": "error", "error": {"type": kind, "message": message}}).encode()
+    kind = kind or OPENAI_KINDS.get(status, "ServiceUnavailableError")
+    return json.dumps({"error": {"message": message, "type": kind, "param": param, "code": status}}).encode()
+
+
+async def _send_error(scope: Scope, send: Send, status: int, message: str, param: str | None = None) -> None:
+    for part in _messages(status, error_body(scope["path"], status, message, param), MutableHeaders({})):
+        await send(part)
+
+
+def _messages(status: int, body: bytes, headers: MutableHeaders) -> list[Message]:
+    headers["content-type"] = "application/json"
+    headers["content-length"] = str(len(body))
+    return [
+        {"type": "http.response.start", "status": status, "headers": headers.raw},
+        {"type": "http.response.body", "body": body},
+    ]
+
+
+def _with_length(scope: Scope, length: int) -> Scope:
+    headers = [(n, v) for n, v in scope["headers"] if n not in (b"content-length", b"transfer-encoding")]
+    return {**scope, "headers": [*headers, (b"content-length", str(length).encode())]}
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    sent = False
+
+    async def replayed() -> Message:
+        nonlocal sent
+        if not sent:
+            sent = True
+            return {"type": "http.request", "body": body, "more_body": False}
+        return await receive()
+
+    return replayed

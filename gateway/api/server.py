@@ -1,0 +1,166 @@
+"""Owns the HTTP application: vLLM's OpenAI server over the cluster, cut down to Baton's routes."""
+
+import os
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Mount
+from vllm import AsyncEngineArgs
+from vllm.config import VllmConfig
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.sampling_params import SamplingParams
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from engine.protocol import Phase
+from engine.vllm_codec import SamplingPayload, encode_sampling
+from gateway.api import fields
+from gateway.api.engine_client import SplitEngineClient
+from gateway.api.middleware import Departure, Intake, ResponseStart, error_body
+from gateway.cluster import Replica
+from gateway.orchestrator import Orchestrator
+
+TASKS = ("generate",)
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """What the HTTP application needs of the configuration."""
+
+    model: str
+    served_name: str
+    max_model_len: int | None
+    dtype: str
+    chat_template: str | None
+    tool_call_parser: str | None
+    reasoning_parser: str | None
+    trust_remote_code: bool
+    max_body_bytes: int
+    max_choices: int
+    send_timeout_s: float
+    enable_docs: bool
+
+
+def warm_up_sampling() -> bytes:
+    """Sampling parameters of the small requests that warm up engines."""
+    return encode_sampling(SamplingPayload(SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)))
+
+
+def command_line(config: ServerConfig) -> list[str]:
+    """The arguments vLLM's own server would be started with."""
+    arguments = [
+        f"--model={config.model}",
+        f"--served-model-name={config.served_name}",
+        f"--dtype={config.dtype}",
+        "--enable-prompt-tokens-details",
+    ]
+    if config.max_model_len:
+        arguments.append(f"--max-model-len={config.max_model_len}")
+    if config.chat_template:
+        arguments.append(f"--chat-template={config.chat_template}")
+    if config.tool_call_parser:
+        arguments += ["--enable-auto-tool-choice", f"--tool-call-parser={config.tool_call_parser}"]
+    if config.reasoning_parser:
+        arguments.append(f"--reasoning-parser={config.reasoning_parser}")
+    if config.trust_remote_code:
+        arguments.append("--trust-remote-code")
+    if not config.enable_docs:
+        arguments.append("--disable-fastapi-docs")
+    return arguments
+
+
+async def make_app(config: ServerConfig, orchestrator: Orchestrator) -> tuple[FastAPI, SplitEngineClient]:
+    """vLLM's application over `orchestrator`. Raises ValueError when the model's files cannot be used."""
+    os.environ["VLLM_ENABLE_RESPONSES_API_STORE"] = "0"
+    os.environ["VLLM_SERVER_DEV_MODE"] = "0"
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args(command_line(config))
+    assert isinstance(args, Namespace)
+    client = SplitEngineClient(_front_end_config(args), orchestrator)
+    app = build_app(args, TASKS, client.vllm_config.model_config)
+    await init_app_state(client, app.state, args, TASKS)
+    # vLLM's handler of engine errors tells the uvicorn server it expects here to exit; Serve owns ours.
+    app.state.server = SimpleNamespace()
+    _add_baton_routes(app, config, orchestrator)
+    keep_routes(app, config.enable_docs)
+    for status in (404, 405):
+        app.add_exception_handler(status, _unknown_route)
+    # vLLM has built the stack already; the next call builds it again. The layer that is added last is the outermost.
+    app.middleware_stack = None
+    app.add_middleware(Intake, max_body_bytes=config.max_body_bytes, max_choices=config.max_choices)
+    app.add_middleware(ResponseStart, send_timeout_s=config.send_timeout_s)
+    app.add_middleware(Departure)
+    return app, client
+
+
+def keep_routes(app: FastAPI, enable_docs: bool) -> None:
+    """Drops every route that is not on the allow-list (`fields.ROUTES`)."""
+    allowed = fields.ROUTES | ({("GET", "/openapi.json"), ("GET", "/docs")} if enable_docs else set())
+    app.router.routes[:] = [route for route in app.router.routes if _is_allowed(route, allowed)]
+
+
+def _is_allowed(route: BaseRoute, allowed: frozenset[tuple[str, str]] | set[tuple[str, str]]) -> bool:
+    # A mount answers whatever lies below it, for every method; vLLM's metrics have a route of their own besides.
+    if isinstance(route, Mount):
+        return False
+    path = getattr(route, "path", None)
+    methods = (getattr(route, "methods", None) or set()) - {"HEAD"}
+    return bool(methods) and all((method, path) in allowed for method in methods)
+
+
+async def _unknown_route(request: Request, error: Exception) -> Response:
+    message = f"{request.method} {request.url.path} does not exist; Baton serves the routes its README lists"
+    return Response(error_body(request.url.path, 404, message), 404, media_type="application/json")
+
+
+def _front_end_config(args: Any) -> VllmConfig:
+    """The part of vLLM's configuration that rendering and detokenizing need; it asks for no device."""
+    engine_args = AsyncEngineArgs.from_cli_args(args)
+    model_config = engine_args.create_model_config()
+    model_config.quantization = None
+    return VllmConfig(
+        model_config=model_config,
+        structured_outputs_config=engine_args.create_structured_outputs_config(),
+    )
+
+
+def _add_baton_routes(app: FastAPI, config: ServerConfig, orchestrator: Orchestrator) -> None:
+    def add(path: str, handler: Callable[..., Any]) -> None:
+        app.add_api_route(path, handler, methods=["GET"], include_in_schema=True)
+
+    async def status() -> Response:
+        pools = {phase.value: [_replica(r) for r in orchestrator.cluster.pool(phase)] for phase in Phase}
+        ready = bool(orchestrator.cluster.pool(Phase.DECODE, ready_only=True))
+        return JSONResponse(
+            {"model": config.served_name, "ready": ready, "version": version("baton-gateway"), "pools": pools}
+        )
+
+    async def receipt(request_id: str) -> Response:
+        found = orchestrator.receipts.get(request_id)
+        if found is None:
+            message = f"no receipt {request_id}: it is unknown, or older than the receipts kept in memory"
+            return Response(error_body("/baton/receipts", 404, message), 404, media_type="application/json")
+        return JSONResponse(found.as_json())
+
+    add("/baton/status", status)
+    add("/baton/receipts/{request_id}", receipt)
+
+
+def _replica(replica: Replica) -> dict[str, Any]:
+    return {
+        "id": replica.replica_id,
+        "phase": replica.phase.value,
+        "attached": replica.attached,
+        "ready": replica.ready,
+        "in_flight_requests": len(replica.in_flight),
+        "in_flight_tokens": replica.in_flight_tokens,
+        "info": msgspec.structs.asdict(replica.info) if replica.info else None,
+        "load": msgspec.structs.asdict(replica.load),
+    }

@@ -1,0 +1,167 @@
+"""Owns the composition: settings become the Ray Serve application `baton`. The only module that knows everything."""
+
+import asyncio
+import logging
+import uuid
+from typing import Any
+
+from ray import serve
+from ray.serve.config import RequestRouterConfig
+from ray.serve.handle import DeploymentHandle
+
+from decode.deployment import DecodeReplica
+from engine.deployment import EngineSpec
+from engine.protocol import Phase
+from gateway.orchestrator import Orchestrator, OrchestratorConfig
+from gateway.routing.policies import least_tokens
+from gateway.routing.receipts import ReceiptStore
+from gateway.settings import PoolSettings, Settings, load
+from gateway.transport_ray import REQUEST_ROUTER, RayTransport
+from prefill.deployment import PrefillReplica
+
+APP_NAME = "baton"
+
+# Report streams are calls that last as long as their replica, and Serve must never hold a pinned call back.
+MAX_ONGOING_REQUESTS = 100_000
+GRACEFUL_SHUTDOWN_S = 10.0
+START_RETRIES = 1
+
+
+def build(settings: Settings) -> serve.Application:
+    """The Serve application: a gateway deployment over one deployment per pool."""
+    pools = settings.pools
+    decode = _deployment(DecodeReplica, pools.decode, settings).bind(_engine_spec(settings, Phase.DECODE))
+    prefill = None
+    if pools.prefill.replicas:
+        prefill = _deployment(PrefillReplica, pools.prefill, settings).bind(_engine_spec(settings, Phase.PREFILL))
+    gateway = Gateway.options(
+        num_replicas=settings.gateway.replicas,
+        ray_actor_options={"num_cpus": settings.gateway.num_cpus},
+        max_ongoing_requests=MAX_ONGOING_REQUESTS,
+        graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_S,
+        max_constructor_retry_count=START_RETRIES,
+    )
+    return gateway.bind(settings.model_dump(mode="json"), decode, prefill)
+
+
+def from_config(args: dict[str, str]) -> serve.Application:
+    """For an existing cluster: `serve run gateway.app:from_config config=configs/gpu.yaml`. Raises ConfigError."""
+    return build(load(args["config"]))
+
+
+@serve.deployment(name="gateway")
+@serve.ingress()
+class Gateway:
+    """One replica of the front door. Its constructor returns when every pool is complete and every pair is warm."""
+
+    async def __init__(
+        self, settings: dict[str, Any], decode: DeploymentHandle, prefill: DeploymentHandle | None = None
+    ) -> None:
+        # vLLM takes seconds to import, and the process that only builds the application has no use for it.
+        from gateway.api.server import make_app, warm_up_sampling
+
+        log = logging.getLogger("baton")
+        log.setLevel(logging.INFO)
+        for handler in logging.getLogger("ray.serve").handlers:
+            log.addHandler(handler)
+        self._settings = config = Settings.model_validate(settings)
+        handles = {Phase.DECODE: decode} | ({Phase.PREFILL: prefill} if prefill else {})
+        transport = RayTransport(f"gateway-{uuid.uuid4().hex[:8]}", handles)
+        self._orchestrator = Orchestrator(
+            transport,
+            least_tokens,
+            ReceiptStore(config.gateway.receipts_kept),
+            OrchestratorConfig(
+                handoff_timeout_s=config.handoff.timeout_s,
+                max_in_flight_requests=config.gateway.max_in_flight_requests,
+                warm_up_sampling=warm_up_sampling(),
+            ),
+        )
+        # The application is made while the engines load.
+        (self._app, self._client), _ = await asyncio.gather(
+            make_app(_server_config(config), self._orchestrator),
+            transport.connect(config.runtime.start_timeout_s),
+        )
+        expected = {Phase.DECODE: config.pools.decode.replicas, Phase.PREFILL: config.pools.prefill.replicas}
+        await self._orchestrator.start(expected, config.runtime.start_timeout_s)
+
+    def __serve_build_asgi_app__(self) -> Any:
+        return self._app
+
+    async def check_health(self) -> None:
+        if self._client.errored:
+            raise RuntimeError("the gateway's output loop has failed; its log says why")
+
+    async def __del__(self) -> None:
+        if orchestrator := getattr(self, "_orchestrator", None):
+            await orchestrator.close()
+
+
+def _deployment(deployment: Any, pool: PoolSettings, settings: Settings) -> Any:
+    make_router_config: Any = RequestRouterConfig  # its signature says that every argument is a dict
+    options: dict[str, Any] = {"num_cpus": pool.num_cpus, "num_gpus": pool.gpus_per_replica}
+    if pool.accelerator_type:
+        options["accelerator_type"] = pool.accelerator_type
+    if pool.label_selector:
+        options["label_selector"] = pool.label_selector
+    return deployment.options(
+        num_replicas=pool.replicas,
+        ray_actor_options=options,
+        max_ongoing_requests=MAX_ONGOING_REQUESTS,
+        graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_S,
+        max_constructor_retry_count=START_RETRIES,
+        request_router_config=make_router_config(request_router_class=REQUEST_ROUTER),
+    )
+
+
+def _engine_spec(settings: Settings, phase: Phase) -> EngineSpec:
+    split = settings.pools.prefill.replicas > 0
+    pool = settings.pools.prefill if phase is Phase.PREFILL else settings.pools.decode
+    engine = pool.engine
+    arguments: dict[str, Any] = {
+        "dtype": settings.model.dtype,
+        "trust_remote_code": settings.model.trust_remote_code,
+        "tensor_parallel_size": engine.tensor_parallel_size,
+        "pipeline_parallel_size": engine.pipeline_parallel_size,
+        "enforce_eager": engine.enforce_eager,
+    }
+    optional = {
+        "max_model_len": settings.model.max_model_len,
+        "block_size": engine.block_size_tokens,
+        "max_num_batched_tokens": engine.max_num_batched_tokens,
+        "max_num_seqs": engine.max_num_seqs,
+        "kv_cache_memory_bytes": int(engine.kv_cache_gib * 2**30) if engine.kv_cache_gib else None,
+        "reasoning_parser": settings.model.reasoning_parser,
+    }
+    arguments |= {name: value for name, value in optional.items() if value is not None}
+    return EngineSpec(
+        model=settings.model.path,
+        phase=phase if split else None,
+        engine_args=arguments | engine.extra_args,
+        device=pool.device,
+        cpu_cores=pool.cpu_cores or [],
+        lease_s=settings.handoff.lease_s,
+        progress_thread_delay_us=settings.handoff.progress_thread_delay_us,
+        ucx_tls=settings.handoff.ucx_tls,
+        env=pool.env,
+    )
+
+
+def _server_config(settings: Settings) -> Any:
+    from gateway.api.server import ServerConfig
+
+    model, gateway = settings.model, settings.gateway
+    return ServerConfig(
+        model=model.path,
+        served_name=settings.model_name,
+        max_model_len=model.max_model_len,
+        dtype=model.dtype,
+        chat_template=model.chat_template,
+        tool_call_parser=model.tool_call_parser,
+        reasoning_parser=model.reasoning_parser,
+        trust_remote_code=model.trust_remote_code,
+        max_body_bytes=gateway.max_body_bytes,
+        max_choices=gateway.max_choices,
+        send_timeout_s=gateway.send_timeout_s,
+        enable_docs=gateway.enable_docs,
+    )

@@ -1,0 +1,175 @@
+"""Owns the command line: `baton serve | ask | status | doctor`."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from gateway import client, doctor, launcher
+from gateway.settings import ConfigError, Settings, load
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+app = typer.Typer(
+    name="baton",
+    help="Baton serves one LLM from a prefill and a decode pool behind one OpenAI-compatible endpoint.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML configuration, e.g. configs/local.yaml.")]
+UrlOption = Annotated[str, typer.Option("--url", help="Where the gateway listens.", envvar="BATON_URL")]
+
+
+@app.command()
+def serve(
+    config: ConfigArgument,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port of the HTTP API; overrides the config.")
+    ] = None,
+    host: Annotated[
+        str | None, typer.Option(help="Address to listen on; overrides the config. 0.0.0.0: every network.")
+    ] = None,
+    no_demo: Annotated[bool, typer.Option("--no-demo", help="Do not send one chat once it is ready.")] = False,
+) -> None:
+    """Start engines and gateway on this machine and serve until Ctrl-C."""
+    settings = _load(config, {"gateway.port": port, "gateway.host": host})
+    facts = doctor.gather(settings, look_around=False)
+    failed = doctor.failures([*doctor.check_installation(facts), *doctor.check_configuration(facts, settings)])
+    if failed:
+        _fail("cannot serve:\n" + "\n".join(f"  {check}" for check in failed))
+    raise typer.Exit(launcher.serve(settings, console=_console(), demo=not no_demo))
+
+
+@app.command()
+def ask(
+    prompt: Annotated[str, typer.Argument(help="What to ask; - reads it from standard input.")],
+    url: UrlOption = DEFAULT_URL,
+    receipt: Annotated[bool, typer.Option("--receipt", help="Show where the answer was computed.")] = False,
+    model: Annotated[str | None, typer.Option(help="Model name; default: the one that is served.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer in tokens.")] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+) -> None:
+    """Ask the model and stream its answer to the terminal."""
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not text.strip():
+        _fail("the prompt is empty; give some text")
+    console = _console()
+    try:
+        for piece in client.chat(url, text, model=model, max_tokens=max_tokens, system=system):
+            if isinstance(piece, client.Finished):
+                typer.echo()
+                if receipt:
+                    _print_receipt(console, url, piece.request_id)
+            else:
+                typer.echo(piece, nl=False)
+                sys.stdout.flush()
+    except client.GatewayError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        typer.echo()
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def status(
+    url: UrlOption = DEFAULT_URL,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the gateway's JSON.")] = False,
+) -> None:
+    """Show pools, replicas, load and KV cache use."""
+    try:
+        report = client.status(url)
+    except client.GatewayError as error:
+        _fail(str(error))
+    if as_json:
+        typer.echo(json.dumps(report, indent=2))
+        return
+    console = _console()
+    ready = "ready" if report.get("ready") else "not ready"
+    console.print(escape(f"{report.get('model')} at {url}: {ready}, Baton {report.get('version')}"), soft_wrap=True)
+    console.print(_status_table(report))
+
+
+@app.command(name="doctor")
+def doctor_command(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG]", help="YAML configuration to check this machine against.")
+    ] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the configuration's JSON schema and stop.")] = False,
+) -> None:
+    """Check whether this machine can serve, and say what to do if it cannot."""
+    if schema:
+        typer.echo(json.dumps(Settings.model_json_schema(), indent=2))
+        return
+    settings = None if config is None else _load(config, {})
+    facts = doctor.gather(settings)
+    checks = doctor.check_installation(facts)
+    if settings is not None:
+        checks += doctor.check_configuration(facts, settings)
+    checks += doctor.check_situation(facts)
+    console = _console()
+    colours = {doctor.Outcome.OK: "green", doctor.Outcome.WARN: "yellow", doctor.Outcome.FAIL: "bold red"}
+    for check in checks:
+        console.print(f"[{colours[check.outcome]}]{check.outcome:<4}[/] {escape(str(check))}", soft_wrap=True)
+    if doctor.failures(checks):
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    app()
+
+
+def _console() -> Console:
+    return Console(highlight=False)
+
+
+def _load(config: Path, overrides: dict[str, Any]) -> Settings:
+    try:
+        return load(config, {key: value for key, value in overrides.items() if value is not None})
+    except ConfigError as error:
+        _fail(str(error))
+
+
+def _fail(message: str) -> NoReturn:
+    typer.secho(f"baton: {message}", err=True, fg=typer.colors.RED)
+    raise typer.Exit(1)
+
+
+def _print_receipt(console: Console, url: str, request_id: str | None) -> None:
+    if request_id is None:
+        _fail(f"{url} gave no {client.REQUEST_ID_HEADER} header: it is not a Baton gateway")
+    console.print(escape(client.describe_receipt(client.receipt(url, request_id))), soft_wrap=True)
+
+
+def _status_table(report: dict[str, Any]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False, show_edge=False)
+    for column in ("pool", "replica", "state"):
+        table.add_column(column, no_wrap=True)
+    for column in ("requests", "tokens", "run/wait", "KV blocks", "KV in"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for pool, replicas in (report.get("pools") or {}).items():
+        for replica in replicas:
+            info, load = replica.get("info") or {}, replica.get("load") or {}
+            blocks, used = info.get("num_kv_blocks") or 0, load.get("num_kv_blocks_used") or 0
+            table.add_row(
+                pool,
+                escape(str(replica.get("id"))),
+                "attached" if replica.get("attached") else "[red]detached[/]",
+                str(replica.get("in_flight_requests", 0)),
+                str(replica.get("in_flight_tokens", 0)),
+                f"{load.get('num_running_requests', 0)}/{load.get('num_waiting_requests', 0)}",
+                f"{used}/{blocks} ({100 * used / blocks:.0f}%)" if blocks else "-",
+                client.human_bytes(load.get("kv_bytes_received_total") or 0),
+            )
+    return table
+
+
+if __name__ == "__main__":
+    main()

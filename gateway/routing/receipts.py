@@ -1,0 +1,69 @@
+"""Owns receipts: the record of each placement's inputs, choice and outcome, the last N in memory."""
+
+import dataclasses
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+from gateway.routing.types import ClusterSnapshot, Placement, RequestView
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of a placement. Times are from the request's arrival at the orchestrator.
+
+    `reused_tokens` were in a prefix cache and computed by nobody; `kv_blocks_moved` travelled from prefill to decode.
+    """
+
+    status: str
+    finish_reason: str | None = None
+    ttft_ms: float | None = None
+    duration_ms: float | None = None
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    reused_tokens: int = 0
+    prefill_computed_tokens: int = 0
+    decode_computed_tokens: int = 0
+    kv_blocks_moved: int = 0
+    kv_bytes_moved: int = 0
+    faults: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """One placement, replayable: `place(policy, request, snapshot, seed)` gives `placement` again."""
+
+    request_id: str
+    created_s: float
+    policy: str
+    seed: int
+    request: RequestView
+    snapshot: ClusterSnapshot
+    placement: Placement
+    outcome: Outcome
+
+    def as_json(self) -> dict[str, Any]:
+        data = dataclasses.asdict(self)
+        data["reason"] = self.placement.reason
+        data["scores"] = self.placement.scores
+        return data
+
+
+class ReceiptStore:
+    """The last `capacity` receipts by request id."""
+
+    def __init__(self, capacity: int):
+        self._capacity = capacity
+        self._receipts: OrderedDict[str, Receipt] = OrderedDict()
+
+    def put(self, receipt: Receipt) -> None:
+        self._receipts[receipt.request_id] = receipt
+        self._receipts.move_to_end(receipt.request_id)
+        while len(self._receipts) > self._capacity:
+            self._receipts.popitem(last=False)
+
+    def get(self, request_id: str) -> Receipt | None:
+        return self._receipts.get(request_id)
+
+    def __len__(self) -> int:
+        return len(self._receipts)

@@ -1,0 +1,261 @@
+"""Owns the configuration: one frozen tree, read from YAML, environment (BATON_*) and command line."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the file, the key and what to do."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSettings(Section):
+    """The one model that is served."""
+
+    path: str = Field(
+        description="Hugging Face id, absolute path, or a path that starts with ./ (from the config file)"
+    )
+    served_name: str | None = Field(default=None, description="name clients use; default: the path")
+    max_model_len: PositiveInt | None = Field(default=None, description="context limit in tokens")
+    dtype: str = "auto"
+    chat_template: str | None = Field(default=None, description="path; default: the model's own")
+    tool_call_parser: str | None = Field(default=None, description="a vLLM tool parser's name; turns tools on")
+    reasoning_parser: str | None = None
+    trust_remote_code: bool = False
+
+
+class EngineSettings(Section):
+    """Engine arguments of one pool. `extra_args` takes any other field of vLLM's AsyncEngineArgs."""
+
+    block_size_tokens: PositiveInt | None = None
+    max_num_batched_tokens: PositiveInt | None = None
+    max_num_seqs: PositiveInt | None = None
+    kv_cache_gib: PositiveFloat | None = Field(default=None, description="KV cache per engine; default: vLLM decides")
+    tensor_parallel_size: PositiveInt = 1
+    pipeline_parallel_size: PositiveInt = 1
+    enforce_eager: bool = False
+    extra_args: dict[str, JsonValue] = {}
+
+
+class PoolSettings(Section):
+    """One pool of equal engines: how many, where they run, how they are run."""
+
+    replicas: Annotated[int, Field(ge=0)] = 1
+    device: Literal["cpu", "cuda"] = "cuda"
+    cpu_cores: list[list[int]] | None = Field(
+        default=None, description="CPU engines only: the cores of each replica, e.g. [[0], [1]]"
+    )
+    num_cpus: PositiveFloat = Field(default=1.0, description="CPUs Ray sets aside for each replica")
+    num_gpus: Annotated[float, Field(ge=0)] | None = Field(
+        default=None, description="GPUs of each replica; default: tensor x pipeline parallel size on cuda"
+    )
+    accelerator_type: str | None = Field(default=None, description="a Ray accelerator type, e.g. H100")
+    label_selector: dict[str, str] = Field(default={}, description="Ray node labels this pool must run on")
+    engine: EngineSettings = EngineSettings()
+    env: dict[str, str] = Field(default={}, description="extra environment of the engine's processes")
+
+    @property
+    def gpus_per_replica(self) -> float:
+        if self.device == "cpu":
+            return 0
+        if self.num_gpus is not None:
+            return self.num_gpus
+        return self.engine.tensor_parallel_size * self.engine.pipeline_parallel_size
+
+
+class PoolsSettings(Section):
+    allow_shared_cores: bool = Field(
+        default=False, description="let CPU engines share cores: 5-50 times slower, for tests"
+    )
+    prefill: PoolSettings = PoolSettings(replicas=0)
+    decode: PoolSettings
+
+
+class HandoffSettings(Section):
+    """How KV blocks travel from prefill to decode."""
+
+    connector: Literal["nixl"] = "nixl"
+    lease_s: PositiveInt = Field(default=30, description="prefill keeps unfetched blocks this long")
+    progress_thread_delay_us: Annotated[int, Field(ge=0)] = Field(
+        default=100, description="pause between NIXL's progress polls; 0 spins a core per engine process"
+    )
+    ucx_tls: str | None = Field(default=None, description="UCX transports; default: UCX decides")
+    timeout_s: PositiveFloat = Field(default=60.0, description="longest prefill before decode reads the prompt itself")
+
+
+class GatewaySettings(Section):
+    """The front door."""
+
+    replicas: PositiveInt = 1
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    num_cpus: PositiveFloat = 1.0
+    max_body_bytes: PositiveInt = 8 * 1024 * 1024
+    max_choices: PositiveInt = Field(default=16, description="largest n of a request")
+    max_in_flight_requests: PositiveInt = Field(default=4096, description="sequences one replica holds; more get 503")
+    receipts_kept: PositiveInt = 1000
+    send_timeout_s: PositiveFloat = Field(default=120.0, description="longest wait for a client that does not read")
+    enable_docs: bool = False
+
+
+class RuntimeSettings(Section):
+    """The local Ray runtime that `baton serve` starts; unused on an existing cluster."""
+
+    ray_address: str | None = Field(
+        default=None, description="existing Ray cluster; default: start one on this machine"
+    )
+    num_cpus: PositiveInt | None = Field(
+        default=None, description="CPUs the local Ray claims; default: what the pools need"
+    )
+    object_store_mb: PositiveInt = 128
+    start_timeout_s: PositiveFloat = 300.0
+    demo_prompt: str | None = "What is Baton?"
+
+
+class Settings(BaseSettings):
+    """The whole configuration. Precedence: command line, environment (BATON_GATEWAY__PORT=...), YAML, default."""
+
+    model_config = SettingsConfigDict(extra="forbid", frozen=True, env_prefix="BATON_", env_nested_delimiter="__")
+
+    model: ModelSettings
+    pools: PoolsSettings
+    handoff: HandoffSettings = HandoffSettings()
+    gateway: GatewaySettings = GatewaySettings()
+    runtime: RuntimeSettings = RuntimeSettings()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        # `load` merges YAML, environment and command line itself: a source here would override the command line.
+        return (init_settings,)
+
+    @model_validator(mode="after")
+    def _pools_fit_together(self) -> Self:
+        prefill, decode = self.pools.prefill, self.pools.decode
+        if decode.replicas < 1:
+            raise ValueError("pools.decode.replicas must be at least 1: decode engines write the answers")
+        taken: dict[int, str] = {}
+        for name, pool in (("prefill", prefill), ("decode", decode)):
+            if pool.cpu_cores is None:
+                continue
+            if pool.device != "cpu":
+                raise ValueError(f"pools.{name}.cpu_cores is for device: cpu; remove it or set device: cpu")
+            if len(pool.cpu_cores) < pool.replicas or not all(pool.cpu_cores):
+                raise ValueError(
+                    f"pools.{name}.cpu_cores lists {len(pool.cpu_cores)} core sets for {pool.replicas} replicas; "
+                    "give each replica its own, e.g. [[0], [1]]"
+                )
+            for index, cores in enumerate(pool.cpu_cores[: pool.replicas]):
+                for core in cores:
+                    owner = f"pools.{name}.cpu_cores[{index}]"
+                    if core in taken and not self.pools.allow_shared_cores:
+                        raise ValueError(
+                            f"core {core} is bound to two engines ({taken[core]} and {owner}); CPU engines that share "
+                            "a core are 5-50 times slower: give each its own, or set pools.allow_shared_cores"
+                        )
+                    taken[core] = owner
+        if prefill.replicas and prefill.engine.block_size_tokens != decode.engine.block_size_tokens:
+            raise ValueError(
+                "pools.prefill.engine.block_size_tokens and pools.decode.engine.block_size_tokens differ; "
+                "the hand-off needs the same block size on both sides"
+            )
+        return self
+
+    @property
+    def model_name(self) -> str:
+        return self.model.served_name or self.model.path
+
+
+def load(path: str | Path, overrides: dict[str, Any] | None = None) -> Settings:
+    """Reads a YAML config. `overrides` are dotted keys from the command line, e.g. {"gateway.port": 9000}.
+
+    Relative paths that start with `./` are resolved from the config file's folder. Raises ConfigError.
+    """
+    file = Path(path)
+    try:
+        text = file.read_text()
+    except OSError as error:
+        raise ConfigError(f"cannot read the config {file}: {error.strerror}; pass the path of a YAML file") from error
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file} is not valid YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{file} must hold a mapping with at least `model` and `pools`; see configs/local.yaml")
+
+    environment = EnvSettingsSource(Settings)()
+    data = _merged(data, environment)
+    for key, value in (overrides or {}).items():
+        *parents, last = key.split(".")
+        node = data
+        for name in parents:
+            node = node.setdefault(name, {})
+        node[last] = value
+    _resolve_paths(data, file.parent)
+    try:
+        return Settings.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(_readable(file, error)) from error
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in over.items():
+        old = result.get(key)
+        result[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return result
+
+
+def _resolve_paths(data: dict[str, Any], folder: Path) -> None:
+    model = data.get("model")
+    if not isinstance(model, dict):
+        return
+    for key in ("path", "chat_template"):
+        value = model.get(key)
+        if isinstance(value, str) and value.startswith("./"):
+            model[key] = str((folder / value).resolve())
+
+
+def _readable(file: Path, error: ValidationError) -> str:
+    lines = [f"{file} has {error.error_count()} problem(s):"]
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"]) or "config"
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            message = "unknown key; check the spelling against configs/local.yaml or `baton doctor --schema`"
+        lines.append(f"  {where}: {message}")
+    return "\n".join(lines)
+
+
+__all__ = [
+    "ConfigError",
+    "EngineSettings",
+    "GatewaySettings",
+    "HandoffSettings",
+    "ModelSettings",
+    "PoolSettings",
+    "RuntimeSettings",
+    "Settings",
+    "load",
+]

@@ -1,0 +1,293 @@
+"""The command line: bad input is one readable line and a non-zero exit; good input reaches the gateway."""
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from gateway import cli, doctor, launcher
+from gateway.doctor import Check, Outcome
+from gateway.settings import Settings
+
+CONFIG = """
+model: {path: /no/such/model, served_name: tiny}
+pools: {decode: {device: cpu}}
+"""
+STATUS = {
+    "model": "tiny",
+    "ready": True,
+    "version": "0.1.0",
+    "pools": {
+        "prefill": [],
+        "decode": [
+            {
+                "id": "decode-1",
+                "phase": "decode",
+                "attached": True,
+                "in_flight_requests": 3,
+                "in_flight_tokens": 210,
+                "info": {"num_kv_blocks": 200},
+                "load": {"num_running_requests": 2, "num_kv_blocks_used": 50, "kv_bytes_received_total": 2048},
+            }
+        ],
+    },
+}
+RECEIPT = {
+    "request_id": "request-1",
+    "policy": "least-tokens",
+    "reason": "shortest queue",
+    "placement": {"prefill": "prefill-1", "decode": "decode-1"},
+    "outcome": {
+        "ttft_ms": 81.6,
+        "prompt_tokens": 40,
+        "reused_tokens": 32,
+        "output_tokens": 2,
+        "kv_blocks_moved": 1,
+        "kv_bytes_moved": 1048576,
+        "faults": ["prefill-2 broke off"],
+    },
+}
+
+
+class Gateway:
+    """A stand-in for a running gateway, on a real socket. `bodies` are the chats it was sent."""
+
+    def __init__(self) -> None:
+        self.bodies: list[dict[str, Any]] = []
+        self.chat_status = 200
+        self.chat_lines = [
+            'data: {"choices": [{"delta": {"role": "assistant"}}]}',
+            'data: {"choices": [{"delta": {"content": "forty"}}]}',
+            ": a comment",
+            'data: {"choices": [{"delta": {"content": "-two"}, "finish_reason": "stop"}]}',
+            "data: [DONE]",
+        ]
+        self.headers = {"x-baton-request-id": "request-1"}
+        gateway = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                answers = {
+                    "/v1/models": {"data": [{"id": "tiny"}]},
+                    "/baton/status": STATUS,
+                    "/baton/receipts/request-1": RECEIPT,
+                }
+                answer = answers.get(self.path)
+                self._send(200 if answer else 404, json.dumps(answer or {"detail": "no such receipt"}))
+
+            def do_POST(self) -> None:
+                gateway.bodies.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+                if gateway.chat_status != 200:
+                    self._send(gateway.chat_status, json.dumps({"error": {"message": "the queue is full"}}))
+                else:
+                    self._send(200, "\n\n".join(gateway.chat_lines) + "\n\n")
+
+            def _send(self, status: int, body: str) -> None:
+                self.send_response(status)
+                for name, value in gateway.headers.items():
+                    self.send_header(name, value)
+                self.send_header("content-length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body.encode())
+
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
+        self._thread.start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+@pytest.fixture
+def gateway() -> Iterator[Gateway]:
+    server = Gateway()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(CONFIG)
+    return path
+
+
+def baton(*arguments: str, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(cli.app, list(arguments), input=stdin)
+
+
+def complaint(result: Result) -> str:
+    """The one line of a refusal."""
+    assert result.exit_code == 1, result.output
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("baton: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize("command", [(), ("serve",), ("ask",), ("status",), ("doctor",)])
+def test_every_command_and_option_explains_itself(command: tuple[str, ...]) -> None:
+    result = baton(*command, "--help")
+    assert result.exit_code == 0
+    assert "Usage: " in result.output
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("serve",), ("ask",), ("serve", "x.yaml", "--port", "0"), ("serve", "x.yaml", "--port", "http"), ("fly",)],
+)
+def test_wrong_usage_is_refused_without_a_traceback(arguments: tuple[str, ...]) -> None:
+    result = baton(*arguments)
+    assert result.exit_code == 2
+    assert "Traceback" not in result.output
+
+
+# ask
+
+
+def test_ask_prints_the_answer_and_on_demand_its_receipt(gateway: Gateway) -> None:
+    assert baton("ask", "what?", "--url", gateway.url).stdout == "forty-two\n"
+    result = baton("ask", "what?", "--url", gateway.url, "--receipt")
+    assert result.exit_code == 0
+    for expected in (
+        "receipt request-1: prefill prefill-1 -> decode decode-1 (policy least-tokens: shortest queue)",
+        "TTFT 82 ms, 40 prompt tokens, 32 reused, 2 output tokens, 1 KV blocks moved (1.0 MiB)",
+        "faults: prefill-2 broke off",
+    ):
+        assert expected in result.stdout
+
+
+def test_ask_sends_what_it_was_told(gateway: Gateway) -> None:
+    options = ("--model", "other", "--max-tokens", "7", "--system", "be brief")
+    baton("ask", "-", "--url", gateway.url, *options, stdin="from a pipe")
+    assert gateway.bodies == [
+        {
+            "model": "other",
+            "messages": [{"role": "system", "content": "be brief"}, {"role": "user", "content": "from a pipe"}],
+            "stream": True,
+            "max_tokens": 7,
+        }
+    ]
+
+
+def test_ask_takes_the_model_that_is_served(gateway: Gateway) -> None:
+    baton("ask", "what?", "--url", gateway.url)
+    assert gateway.bodies[0]["model"] == "tiny"
+
+
+def test_ask_refuses_an_empty_prompt(gateway: Gateway) -> None:
+    assert "the prompt is empty" in complaint(baton("ask", "  ", "--url", gateway.url))
+    assert gateway.bodies == []
+
+
+def test_ask_tells_why_the_gateway_refused(gateway: Gateway) -> None:
+    gateway.chat_status = 503
+    assert "/v1/chat/completions answered 503: the queue is full" in complaint(baton("ask", "x", "--url", gateway.url))
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        (['data: {"choices": [{"delta": {"content": "for"}}]}'], "the connection closed before the end"),
+        (['data: {"error": {"message": "the engine died"}}', "data: [DONE]"], "the engine died"),
+        (["data: <html>", "data: [DONE]"], "not a Baton gateway"),
+    ],
+    ids=["cut", "error", "garbage"],
+)
+def test_ask_never_takes_a_broken_answer_for_a_whole_one(gateway: Gateway, lines: list[str], says: str) -> None:
+    gateway.chat_lines = lines
+    assert says in complaint(baton("ask", "x", "--model", "tiny", "--url", gateway.url))
+
+
+def test_a_receipt_needs_a_baton_gateway(gateway: Gateway) -> None:
+    gateway.headers = {}
+    assert "it is not a Baton gateway" in complaint(baton("ask", "x", "--receipt", "--url", gateway.url))
+
+
+@pytest.mark.parametrize("command", [("ask", "x"), ("status",)])
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("http://127.0.0.1:1", "no gateway at http://127.0.0.1:1; start one with"),
+        ("127.0.0.1", "is not a URL; write it like"),
+        ("ftp://127.0.0.1", "is not a URL; write it like"),
+    ],
+)
+def test_an_unreachable_gateway_is_named(command: tuple[str, ...], url: str, says: str) -> None:
+    assert says in complaint(baton(*command, "--url", url))
+
+
+# status
+
+
+def test_status_shows_replicas_load_and_kv_use_in_80_columns(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    result = baton("status", "--url", gateway.url)
+    assert result.exit_code == 0
+    for expected in ("tiny", "ready", "decode-1", "attached", "210", "2/0", "50/200 (25%)", "2.0 KiB"):
+        assert expected in result.stdout
+
+
+def test_status_gives_the_gateways_json(gateway: Gateway) -> None:
+    assert json.loads(baton("status", "--json", "--url", gateway.url).stdout) == STATUS
+
+
+# serve and doctor
+
+
+@pytest.mark.parametrize("command", ["serve", "doctor"])
+def test_a_missing_config_is_refused(command: str, tmp_path: Path) -> None:
+    assert "cannot read the config" in complaint(baton(command, str(tmp_path / "none.yaml")))
+
+
+def test_serve_refuses_what_the_doctor_fails_and_starts_nothing(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "serve", lambda *_, **__: pytest.fail("it started"))
+    result = baton("serve", str(config))
+    assert result.exit_code == 1
+    assert "model: /no/such/model does not exist; correct model.path" in result.stderr
+
+
+def test_serve_hands_its_options_to_the_launcher(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Settings, bool]] = []
+
+    def fake_serve(settings: Settings, *, demo: bool, **_: Any) -> int:
+        seen.append((settings, demo))
+        return 7
+
+    monkeypatch.setattr(launcher, "serve", fake_serve)
+    monkeypatch.setattr(doctor, "failures", lambda _: [])
+    result = baton("serve", str(config), "--port", "9001", "--host", "127.0.0.2", "--no-demo")
+    assert result.exit_code == 7
+    [(settings, demo)] = seen
+    assert (settings.gateway.port, settings.gateway.host, demo) == (9001, "127.0.0.2", False)
+
+
+def test_doctor_reports_every_check_and_fails_on_a_failure(config: Path) -> None:
+    result = baton("doctor", str(config))
+    assert result.exit_code == 1
+    assert "ok   python: 3.11" in result.stdout
+    assert "fail model: /no/such/model does not exist; correct model.path" in result.stdout
+
+
+def test_doctor_passes_with_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "check_installation", lambda _: [Check("x", Outcome.WARN, "odd", "do this")])
+    monkeypatch.setattr(doctor, "check_situation", lambda _: [])
+    result = baton("doctor")
+    assert result.exit_code == 0
+    assert result.stdout == "warn x: odd; do this\n"
+
+
+def test_doctor_prints_the_configurations_schema() -> None:
+    schema = json.loads(baton("doctor", "--schema").stdout)
+    assert {"model", "pools", "gateway"} <= schema["properties"].keys()

@@ -1,0 +1,138 @@
+"""What a user reads when a start fails: the root cause, not the traceback. And how Ray is kept on loopback."""
+
+import importlib.util
+import runpy
+from pathlib import Path
+
+import pytest
+
+from gateway import launcher
+from gateway.runtime import confine
+from gateway.runtime.environment import RunPaths, environment, variables
+from gateway.runtime.events import AppStatus, DeploymentState
+from gateway.settings import Settings
+
+CONSTRUCTOR_FAILED = """The deployment failed to start 1 times in a row. See controller logs for details. Error:
+\x1b[36mray::ServeReplica:baton:decode.initialize_and_get_metadata()\x1b[39m (pid=1, ip=127.0.0.1)
+  File "python3.11/concurrent/futures/_base.py", line 449, in result
+    return self.__get_result()
+OSError: the disk is on fire
+
+The above exception was the direct cause of the following exception:
+
+Traceback (most recent call last):
+  File "/app/decode/deployment.py", line 1, in __init__
+    raise RuntimeError("boom")
+engine.protocol.EngineGoneError: the model cannot be read
+  hint: check model.path
+"""
+
+
+def settings(host: str = "127.0.0.1") -> Settings:
+    return Settings.model_validate(
+        {"model": {"path": "org/model"}, "pools": {"decode": {"device": "cpu"}}, "gateway": {"host": host}}
+    )
+
+
+def test_the_root_cause_is_the_last_exception_with_its_lines() -> None:
+    assert (
+        launcher.root_cause(CONSTRUCTOR_FAILED) == "EngineGoneError: the model cannot be read\n  hint: check model.path"
+    )
+
+
+def test_a_message_without_a_traceback_is_kept() -> None:
+    assert launcher.root_cause("Not enough CPUs.\nSee the logs.") == "Not enough CPUs."
+
+
+def test_a_failure_names_the_deployment_that_failed() -> None:
+    states = [
+        DeploymentState("gateway", "UPDATING", 0, 1, "waiting"),
+        DeploymentState("decode", "DEPLOY_FAILED", 0, 1, CONSTRUCTOR_FAILED),
+    ]
+    told = launcher.failure_of(AppStatus("DEPLOY_FAILED", "Failed to update the deployments ['decode'].", states))
+    assert told.startswith("decode: EngineGoneError: ")
+    assert "waiting" not in told
+
+
+def test_a_failure_without_details_is_still_told() -> None:
+    assert "UNHEALTHY" in launcher.failure_of(AppStatus("UNHEALTHY", "", []))
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:8000"),
+        ("0.0.0.0", "http://127.0.0.1:8000"),
+        ("::", "http://[::1]:8000"),
+        ("10.1.2.3", "http://10.1.2.3:8000"),
+    ],
+)
+def test_the_printed_url_is_one_a_client_can_use(host: str, url: str) -> None:
+    assert launcher.base_url(settings(host)) == url
+
+
+@pytest.mark.parametrize(
+    ("host", "bind"),
+    [
+        ("127.0.0.1", "bind 127.0.0.1:{{ config.frontend_port }}"),
+        ("0.0.0.0", "bind 0.0.0.0:{{ config.frontend_port }}"),
+        ("::1", "bind [::1]:{{ config.frontend_port }}"),
+    ],
+)
+def test_the_pinned_haproxy_template_binds_the_front_door_only(host: str, bind: str) -> None:
+    ray = importlib.util.find_spec("ray")
+    assert ray is not None
+    assert ray.origin is not None
+    templates = runpy.run_path(str(Path(ray.origin).parent / "serve/_private/haproxy_templates.py"))
+    template = templates["HAPROXY_CONFIG_TEMPLATE"]
+    confined = confine.confined_template(template, host)
+    binds = [line.strip() for line in confined.splitlines() if line.strip().startswith("bind ")]
+    assert binds == [bind, "bind {{ config.grpc_frontend_host }}:{{ config.grpc_frontend_port }} proto h2"]
+    assert "level admin" in confined
+    assert "mode 666" not in confined
+
+
+def test_a_haproxy_template_that_changed_is_refused_not_let_through() -> None:
+    with pytest.raises(confine.ConfinementError, match=r"confine\.py"):
+        confine.confined_template("frontend new\n  bind :9101\n", "127.0.0.1")
+
+
+def test_replicas_bind_loopback_and_an_unknown_address_is_refused() -> None:
+    assert confine.loopback_address("[::]:0") == "127.0.0.1:0"
+    with pytest.raises(confine.ConfinementError):
+        confine.loopback_address("10.0.0.1:0")
+
+
+def test_the_environment_is_the_table_over_the_users_without_settings_and_foreign_clusters() -> None:
+    paths = RunPaths(Path("/tmp/baton-1000/8000"))
+    table = variables(settings(), paths, "1:2", fallback_port=8500, cores=2, open_files=4096)
+    base = {
+        "HOME": "/home/me",
+        "BATON_GATEWAY__PORT": "1",
+        "RAY_ADDRESS": "ray://elsewhere",
+        "RAY_USAGE_STATS_ENABLED": "1",
+        "PYTHONPATH": "/mine",
+    }
+    result = environment(table, base)
+    assert result["HOME"] == "/home/me"
+    assert result["BATON_RUN"] == "1:2"
+    assert result["RAY_USAGE_STATS_ENABLED"] == "0"
+    assert result["PYTHONPATH"].endswith(":/mine")
+    assert "BATON_GATEWAY__PORT" not in result
+    assert "RAY_ADDRESS" not in result
+    # 2.5 files for each connection, and 1024 of its own, fit in the limit.
+    assert int(result["RAY_SERVE_HAPROXY_MAXCONN"]) * 5 // 2 + 1024 <= 4096
+
+
+def test_every_variable_appears_once_and_says_why() -> None:
+    table = variables(settings(), RunPaths(Path("/x")), "1:2", fallback_port=1, cores=2, open_files=1 << 20)
+    names = [variable.name for variable in table]
+    assert len(names) == len(set(names))
+    assert all(variable.reason for variable in table)
+
+
+def test_haproxys_longest_socket_path_fits() -> None:
+    base = Path("/tmp/baton-4294967295")
+    paths = RunPaths(base / "65535")
+    socket = paths.haproxy / ("n" * 56) / "a.sock"
+    assert len(str(socket)) <= 97

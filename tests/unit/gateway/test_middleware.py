@@ -1,0 +1,568 @@
+"""The ASGI layers around the application: what is let in, when a response starts, in which shape it fails."""
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from gateway.api import context
+from gateway.api.middleware import REQUEST_ID_HEADER, ClientTooSlow, Intake, ResponseStart
+from gateway.routing.types import Rejection
+from tests.unit.virtual_time import now_s, simulate
+
+CHAT, MESSAGES = "/v1/chat/completions", "/v1/messages"
+MAX_BODY_BYTES = 200
+SEND_TIMEOUT_S = 5.0
+DISCONNECT: Message = {"type": "http.disconnect"}
+
+
+@dataclass
+class Exchange:
+    """One request by hand, and everything that was sent in answer to it."""
+
+    path: str = CHAT
+    method: str = "POST"
+    incoming: Sequence[Message] = ()
+    headers: dict[str, str] = field(default_factory=dict)
+    send: Callable[[Message], Awaitable[None]] | None = None
+    sent: list[Message] = field(default_factory=list)
+
+    async def run(self, app: ASGIApp) -> "Exchange":
+        rest = list(self.incoming)
+
+        async def receive() -> Message:
+            return rest.pop(0) if rest else DISCONNECT
+
+        async def send(message: Message) -> None:
+            if self.send:
+                await self.send(message)
+            self.sent.append(message)
+
+        headers = [(name.encode(), value.encode()) for name, value in self.headers.items()]
+        scope: Scope = {"type": "http", "method": self.method, "path": self.path, "headers": headers}
+        await app(scope, receive, send)
+        return self
+
+    @property
+    def status(self) -> int:
+        starts = [message for message in self.sent if message["type"] == "http.response.start"]
+        assert starts == self.sent[:1], "a response starts once, and first"
+        return starts[0]["status"]
+
+    @property
+    def response_headers(self) -> dict[str, str]:
+        return {name.decode().lower(): value.decode() for name, value in self.sent[0]["headers"]}
+
+    @property
+    def body(self) -> bytes:
+        assert [message.get("more_body", False) for message in self.sent[1:]][-1] is False, "the response has no end"
+        return b"".join(message["body"] for message in self.sent[1:])
+
+    def json(self) -> Any:
+        assert int(self.response_headers["content-length"]) == len(self.body)
+        return json.loads(self.body)
+
+
+def body_of(data: Any) -> list[Message]:
+    return [{"type": "http.request", "body": data if isinstance(data, bytes) else json.dumps(data).encode()}]
+
+
+def start_of(status: int = 200, content_type: str = "text/event-stream") -> Message:
+    return {"type": "http.response.start", "status": status, "headers": [(b"content-type", content_type.encode())]}
+
+
+def chunk(body: bytes, more: bool = True) -> Message:
+    return {"type": "http.response.body", "body": body, "more_body": more}
+
+
+# -- what is let in
+
+
+class Echo:
+    """An application that notes the request it was given and answers 200."""
+
+    def __init__(self) -> None:
+        self.scope: Scope | None = None
+        self.body: bytes | None = None
+        self.next_message: Message | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.scope, body, more = scope, b"", True
+        if scope["type"] != "http":
+            return
+        while more:
+            message = await receive()
+            body, more = body + message.get("body", b""), message.get("more_body", False)
+        self.body = body
+        self.next_message = await receive()
+        await send(start_of(200, "text/plain"))
+        await send(chunk(b"ok", more=False))
+
+    @property
+    def content_length(self) -> list[bytes]:
+        assert self.scope is not None
+        return [value for name, value in self.scope["headers"] if name == b"content-length"]
+
+
+def intake(app: ASGIApp) -> Intake:
+    return Intake(app, max_body_bytes=MAX_BODY_BYTES, max_choices=4)
+
+
+async def through_intake(**exchange: Any) -> tuple[Echo, Exchange]:
+    echo = Echo()
+    return echo, await Exchange(**exchange).run(intake(echo))
+
+
+def test_a_body_that_needs_no_change_arrives_byte_for_byte() -> None:
+    async def main() -> None:
+        body = b'{ "model":"m",\n "messages" : [ {"role":"user","content":"\\u00e9 \xc3\xa9"} ], "temperature":1e0 }'
+        echo, exchange = await through_intake(incoming=body_of(body), headers={"content-length": str(len(body))})
+        assert echo.body == body
+        assert echo.content_length == [str(len(body)).encode()]
+        assert exchange.status == 200
+
+    simulate(main)
+
+
+def test_unknown_fields_are_dropped_and_the_length_follows() -> None:
+    async def main() -> None:
+        body = json.dumps({"model": "m", "surprise": {"n": 1}, "store": False, "n": 2}).encode()
+        headers = {"content-length": str(len(body)), "transfer-encoding": "chunked", "x-other": "kept"}
+        echo, _ = await through_intake(incoming=body_of(body), headers=headers)
+        assert echo.body is not None
+        assert json.loads(echo.body) == {"model": "m", "n": 2}
+        assert echo.content_length == [str(len(echo.body)).encode()]
+        assert echo.scope is not None
+        names = [name for name, _ in echo.scope["headers"]]
+        assert (b"transfer-encoding" in names, b"x-other" in names) == (False, True)
+
+    simulate(main)
+
+
+def test_a_body_in_pieces_arrives_whole_and_then_comes_what_the_client_does() -> None:
+    async def main() -> None:
+        body = b'{"model": "m", "messages": []}'
+        pieces = [{"type": "http.request", "body": body[i : i + 7], "more_body": True} for i in range(0, len(body), 7)]
+        echo, _ = await through_intake(incoming=[*pieces, {"type": "http.request"}, DISCONNECT])
+        assert echo.body == body
+        assert echo.next_message == DISCONNECT
+
+    simulate(main)
+
+
+def test_a_body_of_exactly_the_limit_is_let_in() -> None:
+    async def main() -> None:
+        body = b'{"model": "m"}'.ljust(MAX_BODY_BYTES)
+        echo, _ = await through_intake(incoming=body_of(body), headers={"content-length": str(MAX_BODY_BYTES)})
+        assert echo.body == body
+
+    simulate(main)
+
+
+@pytest.mark.parametrize("path", [CHAT, MESSAGES])
+@pytest.mark.parametrize("how", ["declared", "chunked", "declared too small"])
+def test_a_body_that_is_too_large_is_answered_413_unread(path: str, how: str) -> None:
+    async def main() -> None:
+        reads = 0
+
+        async def endless() -> Message:
+            nonlocal reads
+            reads += 1
+            return {"type": "http.request", "body": b" " * 50, "more_body": True}
+
+        headers = {"declared": str(MAX_BODY_BYTES + 1), "chunked": None, "declared too small": "10"}[how]
+        raw = [] if headers is None else [(b"content-length", headers.encode())]
+        exchange, echo = Exchange(path), Echo()
+
+        async def send(message: Message) -> None:
+            exchange.sent.append(message)
+
+        await intake(echo)({"type": "http", "method": "POST", "path": path, "headers": raw}, endless, send)
+        assert exchange.status == 413
+        assert echo.scope is None
+        assert reads == (0 if how == "declared" else MAX_BODY_BYTES // 50 + 1)
+        message = f"the request body is larger than {MAX_BODY_BYTES} bytes"
+        if path == CHAT:
+            error = {"message": message, "type": "RequestEntityTooLargeError", "param": None, "code": 413}
+            assert exchange.json() == {"error": error}
+        else:
+            assert exchange.json() == {"type": "error", "error": {"type": "request_too_large", "message": message}}
+
+    simulate(main)
+
+
+def test_a_refused_field_is_answered_400_in_openais_shape() -> None:
+    async def main() -> None:
+        echo, exchange = await through_intake(incoming=body_of({"kv_transfer_params": {"do_remote_prefill": True}}))
+        assert (exchange.status, echo.scope) == (400, None)
+        assert exchange.response_headers["content-type"] == "application/json"
+        assert exchange.json() == {
+            "error": {
+                "message": "kv_transfer_params is set by the gateway; clients cannot reach the KV-transfer layer",
+                "type": "BadRequestError",
+                "param": "kv_transfer_params",
+                "code": 400,
+            }
+        }
+
+    simulate(main)
+
+
+@pytest.mark.parametrize("path", [MESSAGES, "/v1/messages/count_tokens"])
+def test_a_refused_field_is_answered_400_in_anthropics_shape(path: str) -> None:
+    async def main() -> None:
+        echo, exchange = await through_intake(path=path, incoming=body_of({"cache_salt": "x"}))
+        assert (exchange.status, echo.scope) == (400, None)
+        error = {"type": "invalid_request_error", "message": "cache_salt is set by the gateway"}
+        assert exchange.json() == {"type": "error", "error": error}
+
+    simulate(main)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"", "the request body is not valid JSON"),
+        (b"{", "the request body is not valid JSON"),
+        (b"\xff\xfe", "the request body is not valid JSON"),
+        (b"[" * 100, "the request body is not valid JSON"),
+        (b'{"n": 1}{"n": 99}', "the request body is not valid JSON"),
+        (b"[]", "the request body must be a JSON object"),
+        (b'"text"', "the request body must be a JSON object"),
+        (b"null", "the request body must be a JSON object"),
+    ],
+)
+def test_a_body_that_is_no_json_object_is_answered_400(body: bytes, message: str) -> None:
+    async def main() -> None:
+        echo, exchange = await through_intake(incoming=body_of(body))
+        assert (exchange.status, echo.scope) == (400, None)
+        assert exchange.json()["error"]["message"].startswith(message)
+
+    simulate(main)
+
+
+def test_deeply_nested_json_is_answered_400() -> None:
+    async def main() -> None:
+        body = b'{"messages":' + b"[" * 50_000 + b"]" * 50_000 + b"}"
+        echo = Echo()
+        exchange = await Exchange(incoming=body_of(body)).run(Intake(echo, max_body_bytes=10**6, max_choices=4))
+        assert (exchange.status, echo.scope) == (400, None)
+
+    simulate(main)
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_a_refused_header_is_answered_400_whatever_the_method(method: str) -> None:
+    async def main() -> None:
+        headers = {"x-data-parallel-rank": "1"}
+        echo, exchange = await through_intake(method=method, headers=headers, incoming=body_of({}))
+        assert (exchange.status, echo.scope) == (400, None)
+
+    simulate(main)
+
+
+@pytest.mark.parametrize(("method", "path"), [("GET", CHAT), ("POST", "/elsewhere"), ("GET", "/health")])
+def test_what_has_no_body_to_check_passes_as_it_is(method: str, path: str) -> None:
+    async def main() -> None:
+        echo, _ = await through_intake(method=method, path=path, incoming=body_of(b"not json"))
+        assert echo.body == b"not json"
+
+    simulate(main)
+
+
+@pytest.mark.parametrize("read_before", [0, 1])
+def test_a_client_that_leaves_while_its_body_is_read_reaches_no_application(read_before: int) -> None:
+    async def main() -> None:
+        piece = {"type": "http.request", "body": b'{"model": "m"}', "more_body": True}
+        echo, exchange = await through_intake(incoming=[piece] * read_before)
+        assert echo.scope is None
+        assert exchange.status == 400
+
+    simulate(main)
+
+
+@pytest.mark.parametrize("layer", [intake, lambda app: ResponseStart(app, SEND_TIMEOUT_S)])
+def test_what_is_not_http_passes(layer: Callable[[ASGIApp], ASGIApp]) -> None:
+    async def main() -> None:
+        echo = Echo()
+        scope: Scope = {"type": "lifespan"}
+
+        async def nothing(*_: Any) -> Any:
+            raise AssertionError("nothing is said")
+
+        await layer(echo)(scope, nothing, nothing)
+        assert echo.scope is scope
+
+    simulate(main)
+
+
+# -- when a response starts
+
+
+@dataclass
+class Script:
+    """An application that sends what it is told to. A step that is not a message is called with the request."""
+
+    steps: Sequence[Message | Callable[[context.RequestContext], Any]]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = context.current.get()
+        assert request is not None
+        for step in self.steps:
+            if callable(step):
+                step(request)
+            else:
+                await send(step)
+
+
+def answering(request: context.RequestContext) -> None:
+    request.answering = True
+
+
+def rejected(request: context.RequestContext) -> None:
+    request.rejection = Rejection(503, "no decode replica is available", 5)
+
+
+def failed(request: context.RequestContext) -> None:
+    request.failure = context.Failure(500, "decode-0 was lost")
+
+
+def crash(request: context.RequestContext) -> None:
+    raise ZeroDivisionError("a bug")
+
+
+async def respond(*steps: Any, path: str = CHAT, send: Any = None) -> Exchange:
+    return await Exchange(path=path, send=send).run(ResponseStart(Script(steps), SEND_TIMEOUT_S))
+
+
+def test_an_ordinary_response_passes_with_its_receipts_header() -> None:
+    async def main() -> None:
+        ids: list[str] = []
+        exchange = await respond(
+            lambda request: ids.append(request.request_id),
+            start_of(200, "application/json"),
+            chunk(b"{}", more=False),
+        )
+        assert (exchange.status, exchange.body) == (200, b"{}")
+        assert exchange.response_headers[REQUEST_ID_HEADER] == ids[0]
+        assert exchange.response_headers["content-type"] == "application/json"
+
+    simulate(main)
+
+
+def test_a_start_is_held_until_the_first_body_message() -> None:
+    async def main() -> None:
+        exchange = Exchange()
+        steps = [
+            start_of(200, "application/json"),
+            lambda request: seen.append(len(exchange.sent)),
+            chunk(b"{", more=True),
+            lambda request: seen.append(len(exchange.sent)),
+            chunk(b"}", more=False),
+        ]
+        seen: list[int] = []
+        await exchange.run(ResponseStart(Script(steps), SEND_TIMEOUT_S))
+        assert seen == [0, 2]
+        assert (exchange.status, exchange.body) == (200, b"{}")
+
+    simulate(main)
+
+
+def test_a_stream_is_held_until_an_engine_answers_and_loses_nothing() -> None:
+    async def main() -> None:
+        exchange = Exchange()
+        seen: list[int] = []
+
+        def look(request: context.RequestContext) -> None:
+            seen.append(len(exchange.sent))
+
+        steps = [
+            start_of(),
+            chunk(b"1"),
+            look,
+            chunk(b"2"),
+            look,
+            answering,
+            chunk(b"3"),
+            look,
+            chunk(b"4", more=False),
+        ]
+        await exchange.run(ResponseStart(Script(steps), SEND_TIMEOUT_S))
+        assert seen == [0, 0, 4]
+        assert (exchange.status, exchange.body) == (200, b"1234")
+        assert REQUEST_ID_HEADER in exchange.response_headers
+
+    simulate(main)
+
+
+@pytest.mark.parametrize("content_type", ["text/event-stream; charset=utf-8", "application/json"])
+@pytest.mark.parametrize("path", [CHAT, MESSAGES])
+def test_a_rejection_replaces_the_response_with_its_own(path: str, content_type: str) -> None:
+    async def main() -> None:
+        ids: list[str] = []
+        streams = content_type.startswith("text")
+        exchange = await respond(
+            lambda request: ids.append(request.request_id),
+            start_of(200 if streams else 503, content_type),
+            rejected,
+            *([chunk(b"data: {error}\n\n"), chunk(b"data: [DONE]\n\n")] if streams else []),
+            chunk(b"" if streams else b"{}", more=False),
+            path=path,
+        )
+        assert exchange.status == 503
+        headers = exchange.response_headers
+        assert (headers["retry-after"], headers[REQUEST_ID_HEADER]) == ("5", ids[0])
+        assert headers["content-type"] == "application/json"
+        message = "no decode replica is available"
+        if path == CHAT:
+            error = {"message": message, "type": "ServiceUnavailableError", "param": None, "code": 503}
+            assert exchange.json() == {"error": error}
+        else:
+            assert exchange.json() == {"type": "error", "error": {"type": "overloaded_error", "message": message}}
+
+    simulate(main)
+
+
+def test_a_failure_before_the_first_token_gives_a_stream_its_own_status() -> None:
+    async def main() -> None:
+        exchange = await respond(start_of(), failed, chunk(b"data: {error}\n\n"), chunk(b"", more=False))
+        assert exchange.status == 500
+        error = {"message": "decode-0 was lost", "type": "InternalServerError", "param": None, "code": 500}
+        assert exchange.json() == {"error": error}
+        assert REQUEST_ID_HEADER in exchange.response_headers
+
+    simulate(main)
+
+
+def test_a_failure_after_the_first_token_stays_in_the_stream() -> None:
+    async def main() -> None:
+        exchange = await respond(start_of(), answering, chunk(b"1"), failed, chunk(b"error", more=False))
+        assert (exchange.status, exchange.body) == (200, b"1error")
+
+    simulate(main)
+
+
+def test_an_error_of_the_application_takes_anthropics_shape_under_its_path() -> None:
+    async def main() -> None:
+        openai = b'{"error": {"message": "too long", "type": "BadRequestError", "code": 400}}'
+        steps = [start_of(400, "application/json"), chunk(openai[:20]), chunk(openai[20:], more=False)]
+        exchange = await respond(*steps, path=MESSAGES)
+        assert exchange.status == 400
+        assert exchange.json() == {"type": "error", "error": {"type": "invalid_request_error", "message": "too long"}}
+        assert (await respond(*steps)).body == openai
+
+    simulate(main)
+
+
+def test_an_application_that_crashes_is_answered_500() -> None:
+    async def main() -> None:
+        exchange = await respond(start_of(), chunk(b"1"), crash)
+        assert exchange.status == 500
+        assert exchange.json()["error"]["message"] == "Internal server error"
+        assert "a bug" not in exchange.body.decode()
+
+    simulate(main)
+
+
+def test_a_stream_that_crashes_ends_with_an_error_event() -> None:
+    async def main() -> None:
+        exchange = await respond(start_of(), answering, chunk(b"1"), crash)
+        assert exchange.status == 200
+        first, event = exchange.body.split(b"event: error\ndata: ")
+        assert first == b"1"
+        assert json.loads(event)["error"]["code"] == 500
+
+    simulate(main)
+
+
+def place(request: context.RequestContext) -> None:
+    request.next_receipt_id()
+
+
+@pytest.mark.parametrize("before", [[place], [start_of(200, "application/json"), chunk(b"{")]])
+def test_a_crash_that_cannot_be_told_is_the_servers(before: list[Any]) -> None:
+    async def main() -> None:
+        with pytest.raises(ZeroDivisionError):
+            await respond(*before, crash)
+
+    simulate(main)
+
+
+def test_a_crash_before_anything_is_placed_is_the_clients_to_mend() -> None:
+    async def main() -> None:
+        exchange = await respond(crash)
+        assert exchange.status == 400
+        assert "cannot be read" in json.loads(exchange.body)["error"]["message"]
+
+    simulate(main)
+
+
+# -- how long a send may take
+
+
+@pytest.mark.parametrize("stalls_at", [0, 1, 3])
+def test_a_client_that_does_not_read_is_given_up(stalls_at: int) -> None:
+    async def main() -> None:
+        number = 0
+
+        async def stall(message: Message) -> None:
+            nonlocal number
+            if number == stalls_at:
+                await asyncio.get_running_loop().create_future()
+            number += 1
+
+        start_s = now_s()
+        with pytest.raises(ClientTooSlow, match="the client read nothing for 5 s"):
+            await respond(start_of(), answering, *[chunk(b"x")] * 10, chunk(b"", more=False), send=stall)
+        assert now_s() - start_s == pytest.approx(SEND_TIMEOUT_S)
+
+    simulate(main)
+
+
+def test_a_client_that_reads_slowly_but_steadily_is_served() -> None:
+    async def main() -> None:
+        async def slow(message: Message) -> None:
+            await asyncio.sleep(SEND_TIMEOUT_S * 0.9)
+
+        exchange = await respond(start_of(), answering, *[chunk(b"x")] * 10, chunk(b"", more=False), send=slow)
+        assert exchange.body == b"x" * 10
+
+    simulate(main)
+
+
+def test_a_client_that_is_gone_is_not_told_anything_more() -> None:
+    async def main() -> None:
+        async def broken(message: Message) -> None:
+            raise ConnectionResetError
+
+        with pytest.raises(ConnectionResetError):
+            await respond(start_of(), answering, chunk(b"x"), chunk(b"", more=False), send=broken)
+
+    simulate(main)
+
+
+# -- the request's context
+
+
+def test_each_request_has_a_context_of_its_own_which_ends_with_it() -> None:
+    async def main() -> None:
+        ids: list[str] = []
+
+        def note(request: context.RequestContext) -> None:
+            ids.append(request.request_id)
+
+        for _ in range(2):
+            await respond(note, start_of(200, "application/json"), chunk(b"{}", more=False))
+            assert context.current.get() is None
+        assert len(set(ids)) == 2
+
+    simulate(main)
+
+
+def test_receipts_of_further_prompts_are_numbered() -> None:
+    request = context.RequestContext("abc")
+    assert [request.next_receipt_id() for _ in range(3)] == ["abc", "abc-1", "abc-2"]

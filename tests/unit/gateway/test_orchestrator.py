@@ -1,0 +1,912 @@
+"""The orchestrator over real workers and simulated engines, on virtual time: what it promises, what it gives back."""
+
+import asyncio
+import itertools
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.protocol import (
+    EngineRequest,
+    FinishReason,
+    InvalidEngineRequestError,
+    KVHandoff,
+    Phase,
+    PrefillFacts,
+    WorkerReport,
+)
+from gateway.orchestrator import PlacementRejected
+from gateway.routing.policies import least_tokens, place
+from gateway.transport import ReplicaGoneError
+from tests.unit.gateway.rig import (
+    BLOCK,
+    CONFIG,
+    CREATED_S,
+    HANDOFF_TIMEOUT_S,
+    OTHER_PROMPT,
+    PATIENCE_S,
+    PROMPT,
+    Rig,
+    answer_to,
+    until,
+)
+from tests.unit.virtual_time import now_s, simulate
+
+# -- answers
+
+
+def test_split_and_decode_only_placements_give_the_same_answer() -> None:
+    async def main() -> None:
+        async with Rig(prefill=1) as split, Rig(prefill=0) as alone:
+            answers = []
+            for rig in (split, alone):
+                answer, receipt = await rig.ask(PROMPT, 20)
+                assert receipt.placement.prefill == ("prefill-0" if rig is split else None)
+                assert answer.finish_reason is FinishReason.LENGTH
+                answers.append(answer.token_ids)
+            assert answers[0] == answers[1] == answer_to(PROMPT, 20)
+
+    simulate(main)
+
+
+def test_many_requests_at_once_are_each_answered_right() -> None:
+    async def main() -> None:
+        async with Rig(prefill=2, decode=2) as rig:
+            prompts = [PROMPT[: 1 + 3 * index] for index in range(14)]
+            request_ids = [rig.add(prompt, 10 + index) for index, prompt in enumerate(prompts)]
+            for index, (request_id, prompt) in enumerate(zip(request_ids, prompts, strict=True)):
+                assert (await rig.finished(request_id)).token_ids == answer_to(prompt, 10 + index)
+            assert {rig.receipt(r).placement.prefill for r in request_ids} == {"prefill-0", "prefill-1"}
+            assert {rig.receipt(r).placement.decode for r in request_ids} == {"decode-0", "decode-1"}
+
+    simulate(main)
+
+
+def test_the_engines_get_what_their_phase_needs() -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            request_id = rig.add(PROMPT, 6, cache_salt="tenant", priority=3)
+            await rig.finished(request_id)
+            (prefill,) = rig.transport.sent_to("prefill-0", request_id)
+            (decode,) = rig.transport.sent_to("decode-0", request_id)
+            common = {"prompt_token_ids": PROMPT, "cache_salt": "tenant", "priority": 3}
+            assert prefill == EngineRequest(request_id, Phase.PREFILL, max_tokens=1, **common)
+            assert decode.handoff is not None
+            assert decode.handoff.source_request_id == request_id
+            assert decode == EngineRequest(
+                request_id, Phase.DECODE, max_tokens=6, sampling=b"sampling", handoff=decode.handoff, **common
+            )
+
+    simulate(main)
+
+
+def test_a_request_that_needs_its_whole_prompt_is_not_split() -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            answer, receipt = await rig.ask(PROMPT, needs_whole_prompt=True)
+            assert answer.token_ids == answer_to(PROMPT, 6)
+            assert (receipt.placement.prefill, receipt.placement.decode) == (None, "decode-0")
+            assert receipt.outcome.decode_computed_tokens == len(PROMPT)
+
+    simulate(main)
+
+
+# -- receipts
+
+
+def test_a_receipt_tells_what_became_of_a_split_request() -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            start_s = now_s()
+            request_id = rig.add(PROMPT, 6)
+            running = rig.receipt(request_id)
+            assert (running.outcome.status, running.outcome.prompt_tokens) == ("running", len(PROMPT))
+            answer = await rig.finished(request_id)
+            receipt = rig.receipt(request_id)
+            assert (receipt.request_id, receipt.created_s, receipt.seed) == (request_id, CREATED_S, 42)
+            assert (receipt.placement.prefill, receipt.placement.decode) == ("prefill-0", "decode-0")
+            assert receipt.placement == running.placement
+            outcome = receipt.outcome
+            assert (outcome.status, outcome.finish_reason, outcome.faults) == ("finished", "length", ())
+            assert (outcome.prompt_tokens, outcome.output_tokens) == (len(PROMPT), 6)
+            # Prefill read it all, decode fetched six blocks and computed the last token.
+            assert (outcome.prefill_computed_tokens, outcome.decode_computed_tokens) == (len(PROMPT), 1)
+            assert (outcome.reused_tokens, outcome.kv_blocks_moved) == (0, 6)
+            assert outcome.kv_bytes_moved == 6 * CONFIG.kv_block_bytes
+            # The model's times: a prefill step, the hand-off, and a decode step per token.
+            ttft_s = 0.01 + 0.001 * len(PROMPT) + 0.05 + 6 * 0.004 + 0.022
+            assert outcome.ttft_ms == pytest.approx(1000 * ttft_s, abs=1.0)
+            assert outcome.duration_ms == pytest.approx(1000 * (ttft_s + 5 * 0.022), abs=1.0)
+            assert answer.first_s == pytest.approx(start_s + ttft_s, abs=0.002)
+            assert answer.facts == PrefillFacts(len(PROMPT), len(PROMPT), 0, 0)
+
+    simulate(main)
+
+
+def test_a_second_identical_prompt_is_reused_and_only_its_last_block_moves() -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            await rig.ask(PROMPT)
+            answer, receipt = await rig.ask(PROMPT)
+            reused = len(PROMPT) // BLOCK * BLOCK
+            assert receipt.outcome.reused_tokens == reused
+            assert receipt.outcome.prefill_computed_tokens == len(PROMPT) - reused
+            assert (receipt.outcome.kv_blocks_moved, receipt.outcome.kv_bytes_moved) == (1, CONFIG.kv_block_bytes)
+            assert answer.facts == PrefillFacts(len(PROMPT), len(PROMPT) - reused, reused, 0)
+            assert answer.token_ids == answer_to(PROMPT, 6)
+
+    simulate(main)
+
+
+def test_bytes_in_receipts_add_up_to_what_the_engines_received() -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            await rig.loads_are_told()
+            before = rig.loads["decode-0"].kv_bytes_received_total
+            receipts = [(await rig.ask(prompt))[1] for prompt in (PROMPT, OTHER_PROMPT, PROMPT + [1] * 20)]
+            await rig.everything_given_back()
+            received = rig.loads["decode-0"].kv_bytes_received_total - before
+            assert received == sum(receipt.outcome.kv_bytes_moved for receipt in receipts) > 0
+
+    simulate(main)
+
+
+def test_a_placement_without_prefill_reports_its_own_reuse() -> None:
+    async def main() -> None:
+        async with Rig(prefill=0) as rig:
+            await rig.ask(PROMPT)
+            answer, receipt = await rig.ask(PROMPT)
+            reused = len(PROMPT) // BLOCK * BLOCK
+            outcome = receipt.outcome
+            assert (outcome.reused_tokens, outcome.decode_computed_tokens) == (reused, len(PROMPT) - reused)
+            assert (outcome.prefill_computed_tokens, outcome.kv_blocks_moved, outcome.kv_bytes_moved) == (0, 0, 0)
+            assert answer.facts is not None
+            assert answer.facts.num_local_cached_tokens == reused
+
+    simulate(main)
+
+
+def test_placements_replay_from_their_receipts_bit_for_bit() -> None:
+    async def main() -> None:
+        async with Rig(prefill=3, decode=3) as rig:
+            request_ids = []
+            for index in range(12):
+                request_ids.append(rig.add(PROMPT[: 5 + index], 4))
+                await asyncio.sleep(0.01)
+            for request_id in request_ids:
+                await rig.finished(request_id)
+            for request_id in request_ids:
+                receipt = rig.receipt(request_id)
+                again = place(least_tokens, receipt.request, receipt.snapshot, receipt.seed)
+                assert msgspec.msgpack.encode(again) == msgspec.msgpack.encode(receipt.placement)
+            assert len({rig.receipt(r).placement.decode for r in request_ids}) == 3
+
+    simulate(main)
+
+
+# -- groups
+
+
+def add_group(rig: Rig, num_choices: int, max_tokens: int = 10) -> list[str]:
+    group = rig.orchestrator.new_group("the-group", num_choices)
+    return [rig.add(PROMPT, max_tokens, group) for _ in range(num_choices)]
+
+
+def test_a_group_is_handed_off_once_and_its_followers_start_after_the_leaders_first_token() -> None:
+    async def main() -> None:
+        async with Rig(prefill=2, decode=2) as rig:
+            leader, *followers = request_ids = add_group(rig, 3)
+            for request_id in request_ids:
+                assert (await rig.finished(request_id)).token_ids == answer_to(PROMPT, 10)
+            receipt = rig.receipt("the-group")
+            prefill, decode = receipt.placement.prefill, receipt.placement.decode
+            assert prefill is not None
+            sent = [(target, at_s, r) for target, at_s, r in rig.transport.submitted if r.request_id in request_ids]
+            assert [(target, r.request_id) for target, _, r in sent] == [
+                (prefill, leader),
+                *((decode, request_id) for request_id in request_ids),
+            ]
+            assert [r.handoff is not None for _, _, r in sent] == [False, True, False, False]
+            first_s = rig.answers[leader].first_s
+            assert first_s is not None
+            started_s = [at_s for _, at_s, r in sent if r.request_id in followers]
+            assert started_s == pytest.approx([first_s] * 2, abs=0.001)
+            assert min(started_s) >= first_s
+            outcome = receipt.outcome
+            assert (outcome.status, outcome.output_tokens, outcome.kv_blocks_moved) == ("finished", 30, 6)
+            # The followers find the leader's full blocks in decode's prefix cache.
+            assert outcome.decode_computed_tokens == 1 + 2 * (len(PROMPT) % BLOCK)
+
+    simulate(main)
+
+
+@pytest.mark.parametrize("stage", ["at once", "prefill", "pull"])
+def test_followers_start_without_a_leader_that_is_aborted(stage: str) -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            leader, *followers = add_group(rig, 3)
+            if stage != "at once":
+                await rig.placed_on(leader, "prefill-0" if stage == "prefill" else "decode-0")
+            rig.orchestrator.abort([leader])
+            for request_id in followers:
+                assert (await rig.finished(request_id)).token_ids == answer_to(PROMPT, 10)
+            outcome = rig.receipt("the-group").outcome
+            assert (outcome.status, outcome.output_tokens) == ("aborted", 20)
+
+    simulate(main)
+
+
+def test_a_follower_that_is_aborted_while_it_waits_is_never_sent() -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            leader, follower = add_group(rig, 2)
+            rig.orchestrator.abort([follower])
+            assert (await rig.finished(leader)).token_ids == answer_to(PROMPT, 10)
+            assert all(request.request_id != follower for _, _, request in rig.transport.submitted)
+
+    simulate(main)
+
+
+def test_a_choice_that_joins_after_the_leader_started_starts_at_once() -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            group = rig.orchestrator.new_group("the-group", 2)
+            leader = rig.add(PROMPT, 50, group)
+            await rig.writing(leader)
+            late = rig.add(PROMPT, 10, group)
+            assert (await rig.finished(late)).token_ids == answer_to(PROMPT, 10)
+            await rig.finished(leader)
+
+    simulate(main)
+
+
+def test_a_group_whose_last_choice_never_came_still_closes_its_receipt() -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            group = rig.orchestrator.new_group("the-group", 3)
+            request_ids = [rig.add(PROMPT, 10, group) for _ in range(2)]
+            await asyncio.sleep(0.01)
+            rig.orchestrator.abort(request_ids)
+            assert rig.receipt("the-group").outcome.status == "aborted"
+
+    simulate(main)
+
+
+# -- aborts
+
+
+async def sent_to_nobody(rig: Rig, request_id: str) -> None:
+    """The task that submits has not run yet."""
+
+
+async def prefilling(rig: Rig, request_id: str) -> None:
+    await rig.placed_on(request_id, "prefill-0")
+    await asyncio.sleep(0.02)  # of the 0.053 s that the prompt takes
+
+
+async def pulling(rig: Rig, request_id: str) -> None:
+    await rig.placed_on(request_id, "decode-0")
+    await asyncio.sleep(0.02)  # of the 0.074 s that the hand-off takes
+
+
+async def decoding(rig: Rig, request_id: str) -> None:
+    await rig.writing(request_id)
+
+
+async def nothing_more_is_heard_of(rig: Rig, request_id: str) -> None:
+    assert rig.orchestrator.num_in_flight == 0
+    rig.orchestrator.abort([request_id])
+    told = len(rig.answers[request_id].token_ids)
+    await rig.everything_given_back()
+    assert rig.receipt(request_id).outcome.status == "aborted"
+    assert len(rig.answers[request_id].token_ids) == told
+    assert rig.answers[request_id].finish_reason is None
+    assert (await rig.ask(OTHER_PROMPT))[0].token_ids == answer_to(OTHER_PROMPT, 6)
+
+
+@pytest.mark.parametrize("stage", [sent_to_nobody, prefilling, pulling, decoding])
+def test_an_abort_in_any_stage_frees_both_sides(stage: Callable[[Rig, str], Awaitable[None]]) -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            request_id = rig.add(PROMPT, 200)
+            await stage(rig, request_id)
+            rig.orchestrator.abort([request_id])
+            await nothing_more_is_heard_of(rig, request_id)
+
+    simulate(main)
+
+
+@pytest.mark.parametrize("moment", ["before the hand-off is read", "before decode is sent the request"])
+def test_an_abort_around_the_handoff_gives_it_back(moment: str) -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            request_id = rig.add(PROMPT, 200)
+            seen: list[KVHandoff] = []
+
+            def abort() -> None:
+                rig.orchestrator.abort([request_id])
+
+            def on_report(report: WorkerReport) -> None:
+                handoffs = [delta.handoff for delta in report.deltas if delta.request_id == request_id]
+                if handoffs and handoffs[0]:
+                    seen.append(handoffs[0])
+                    if moment == "before the hand-off is read":
+                        abort()
+                    else:
+                        # After this report was folded, before the task that it starts runs.
+                        asyncio.get_running_loop().call_soon(abort)
+
+            rig.transport.on_report = on_report
+            await until(lambda: seen, "the hand-off")
+            await until(lambda: rig.transport.released, "its release")
+            assert rig.transport.released == seen
+            assert not rig.transport.sent_to("decode-0", request_id)
+            await nothing_more_is_heard_of(rig, request_id)
+
+    simulate(main)
+
+
+@pytest.mark.parametrize("replica_id", ["prefill-0", "decode-0"])
+@pytest.mark.parametrize("held", ["before", "after"])
+def test_an_abort_while_a_submit_is_under_way_follows_it(replica_id: str, held: str) -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            gates = rig.transport.before_submit if held == "before" else rig.transport.after_submit
+            gate = gates[replica_id] = asyncio.Event()
+            request_id = rig.add(PROMPT, 200)
+            await rig.placed_on(request_id, replica_id)
+            rig.orchestrator.abort([request_id])
+            await asyncio.sleep(0.01)
+            gate.set()
+            await nothing_more_is_heard_of(rig, request_id)
+
+    simulate(main)
+
+
+def test_an_abort_of_a_request_that_decode_has_not_answered_for_yet_follows_its_submit() -> None:
+    """Prefill was given up while its own submit was still under way; that one's end changes nothing for decode's."""
+
+    async def main() -> None:
+        async with Rig() as rig:
+            prefill_gate = rig.transport.after_submit["prefill-0"] = asyncio.Event()
+            decode_gate = rig.transport.before_submit["decode-0"] = asyncio.Event()
+            request_id = rig.add(PROMPT, 200)
+            await rig.placed_on(request_id, "decode-0")
+            prefill_gate.set()
+            await asyncio.sleep(0.01)
+            rig.orchestrator.abort([request_id])
+            await asyncio.sleep(0.01)
+            decode_gate.set()
+            await nothing_more_is_heard_of(rig, request_id)
+            assert rig.loads["decode-0"].num_running_requests == 0
+
+    simulate(main)
+
+
+# -- faults
+
+
+def test_a_prefill_replica_that_dies_is_replaced_by_decode_and_named_in_the_receipt() -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            request_id = rig.add(PROMPT, 10)
+            await prefilling(rig, request_id)
+            rig.engines["prefill-0"].die()
+            answer = await rig.finished(request_id)
+            assert answer.token_ids == answer_to(PROMPT, 10)
+            outcome = rig.receipt(request_id).outcome
+            assert (outcome.status, outcome.faults) == ("finished", ("prefill-0 was lost",))
+            assert (outcome.decode_computed_tokens, outcome.prefill_computed_tokens) == (len(PROMPT), 0)
+            assert (outcome.reused_tokens, outcome.kv_blocks_moved) == (0, 0)
+            _, receipt = await rig.ask(OTHER_PROMPT)
+            assert receipt.placement.prefill is None
+
+    simulate(main)
+
+
+def test_a_prefill_replica_that_refuses_is_replaced_by_decode_and_named_in_the_receipt() -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+
+            async def refuse(gateway_id: str, request: EngineRequest) -> None:
+                raise InvalidEngineRequestError("no room")
+
+            rig.workers["prefill-0"].submit = refuse
+            request_id = rig.add(PROMPT)
+            await rig.writing(request_id)
+            assert [len(replica.in_flight) for replica in rig.cluster.pool(Phase.PREFILL)] == [0]
+            assert (await rig.finished(request_id)).token_ids == answer_to(PROMPT, 6)
+            assert rig.receipt(request_id).outcome.faults == ("prefill-0 did not take the request: no room",)
+
+    simulate(main)
+
+
+def test_a_prefill_replica_that_dies_with_the_blocks_costs_decode_the_prompt_and_is_in_the_receipt() -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            request_id = rig.add(PROMPT, 10)
+            await pulling(rig, request_id)
+            rig.engines["prefill-0"].die()
+            answer = await rig.finished(request_id)
+            assert answer.token_ids == answer_to(PROMPT, 10)
+            outcome = rig.receipt(request_id).outcome
+            assert (outcome.decode_computed_tokens, outcome.kv_blocks_moved) == (len(PROMPT), 0)
+            assert outcome.faults == ("decode-0 could not fetch the hand-off of prefill-0",)
+
+    simulate(main)
+
+
+def test_a_decode_replica_that_dies_ends_its_requests_with_an_error() -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            writing, waiting = rig.add(PROMPT, 200), rig.add(OTHER_PROMPT, 200)
+            group = add_group(rig, 2, 200)
+            await rig.writing(writing)
+            rig.engines["decode-0"].die()
+            for request_id in (writing, waiting, *group):
+                answer = await rig.finished(request_id)
+                assert (answer.finish_reason, answer.error) == (FinishReason.ERROR, "decode-0 was lost")
+            told = rig.answers[writing].token_ids
+            assert told == answer_to(PROMPT, len(told))
+            for request_id in (writing, waiting, "the-group"):
+                outcome = rig.receipt(request_id).outcome
+                assert (outcome.status, outcome.finish_reason) == ("failed", "error")
+                assert "decode-0 was lost" in outcome.faults
+            with pytest.raises(PlacementRejected):
+                rig.add(PROMPT)
+
+    simulate(main)
+
+
+def test_a_handoff_that_decode_refuses_is_given_back() -> None:
+    async def main() -> None:
+        async with Rig(decode=2) as rig:
+            request_id = rig.add(PROMPT)
+            decode = rig.receipt(request_id).placement.decode
+
+            async def refuse(gateway_id: str, request: EngineRequest) -> None:
+                raise InvalidEngineRequestError("no room")
+
+            rig.workers[decode].submit = refuse
+            answer = await rig.finished(request_id)
+            assert answer.error == f"{decode} did not take the request: no room"
+            await until(lambda: rig.transport.released, "the hand-off to be released")
+            assert len(rig.transport.released) == 1
+
+    simulate(main)
+
+
+def test_a_release_goes_on_to_the_next_decode_replica_when_one_is_dead() -> None:
+    async def main() -> None:
+        async with Rig(decode=2) as rig:
+            request_id = rig.add(PROMPT)
+
+            def on_report(report: WorkerReport) -> None:
+                if any(delta.handoff for delta in report.deltas):
+                    rig.engines["decode-0"].die()
+                    rig.orchestrator.abort([request_id])
+
+            rig.transport.on_report = on_report
+            await until(lambda: len(rig.transport.released) == 2, "two attempts to release")
+
+    simulate(main)
+
+
+def test_a_prefill_that_takes_too_long_is_given_up() -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            gate = rig.transport.before_submit["prefill-0"] = asyncio.Event()
+            start_s = now_s()
+            request_id = rig.add(PROMPT)
+            answer = await rig.finished(request_id)
+            assert answer.token_ids == answer_to(PROMPT, 6)
+            assert answer.first_s is not None
+            assert answer.first_s - start_s == pytest.approx(HANDOFF_TIMEOUT_S + 0.01 + 0.001 * len(PROMPT), abs=0.01)
+            outcome = rig.receipt(request_id).outcome
+            assert outcome.faults == ("prefill on prefill-0 took too long",)
+            assert outcome.decode_computed_tokens == len(PROMPT)
+            gate.set()
+
+    simulate(main)
+
+
+@pytest.mark.parametrize("moment", ["while decode writes", "after the answer"])
+def test_a_handoff_that_comes_after_its_deadline_is_released(moment: str) -> None:
+    async def main() -> None:
+        slow = replace(CONFIG, latency=replace(CONFIG.latency, prefill_fixed_s=2.0))
+        engines = {"prefill-0": slow} if moment == "after the answer" else {}
+        async with Rig(engines=engines, handoff_timeout_s=0.01) as rig:
+            # The worker does not learn of the abort, as if prefill had been quicker.
+            async def deaf(gateway_id: str, request_ids: Sequence[str]) -> None:
+                pass
+
+            rig.workers["prefill-0"].abort = deaf
+            request_id = rig.add(PROMPT, 20)
+            answer = await rig.finished(request_id)
+            assert answer.token_ids == answer_to(PROMPT, 20)
+            await until(lambda: rig.transport.released, "the late hand-off to be released")
+            (handoff,) = rig.transport.released
+            assert handoff.source_request_id == request_id
+            assert rig.receipt(request_id).outcome.kv_blocks_moved == 0
+
+    simulate(main)
+
+
+@pytest.mark.parametrize("breaks_with", [ReplicaGoneError("the network is down"), ValueError("not a report")])
+def test_a_stream_that_breaks_fails_its_requests_and_the_replica_comes_back(breaks_with: Exception) -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            request_id = rig.add(PROMPT, 200)
+            await rig.writing(request_id)
+
+            def on_report(report: WorkerReport) -> None:
+                if report.deltas:
+                    raise breaks_with
+
+            rig.transport.on_report = on_report
+            answer = await rig.finished(request_id)
+            assert (answer.finish_reason, answer.error) == (FinishReason.ERROR, "decode-0 was lost")
+            rig.transport.on_report = lambda report: None
+            with pytest.raises(PlacementRejected):
+                rig.add(PROMPT)
+            await rig.ready("decode-0")
+            assert (await rig.ask(PROMPT))[0].token_ids == answer_to(PROMPT, 6)
+
+    simulate(main)
+
+
+# -- what is not taken
+
+
+def test_without_decode_replicas_a_request_is_rejected_and_leaves_nothing() -> None:
+    async def main() -> None:
+        async with Rig(decode=0) as rig:
+            with pytest.raises(PlacementRejected, match="no decode replica is available") as caught:
+                rig.add(PROMPT)
+            assert (caught.value.rejection.status, caught.value.rejection.retry_after_s) == (503, 5)
+            assert len(rig.orchestrator.receipts) == 0
+
+    simulate(main)
+
+
+def test_a_full_gateway_rejects_and_takes_again_when_there_is_room() -> None:
+    async def main() -> None:
+        async with Rig(max_in_flight_requests=2) as rig:
+            request_ids = [rig.add(PROMPT), rig.add(OTHER_PROMPT)]
+            with pytest.raises(PlacementRejected, match="2 sequences") as caught:
+                rig.add(PROMPT)
+            assert (caught.value.rejection.status, caught.value.rejection.retry_after_s) == (503, 1)
+            assert rig.orchestrator.num_in_flight == 2
+            for request_id in request_ids:
+                await rig.finished(request_id)
+            await rig.ask(PROMPT)
+
+    simulate(main)
+
+
+def test_a_group_is_taken_whole_or_not_at_all() -> None:
+    async def main() -> None:
+        async with Rig(max_in_flight_requests=3) as rig:
+            request_id = rig.add(OTHER_PROMPT)
+            with pytest.raises(PlacementRejected):
+                add_group(rig, 3)
+            assert rig.orchestrator.num_in_flight == 1
+            for choice in add_group(rig, 2):
+                await rig.finished(choice)
+            await rig.finished(request_id)
+
+    simulate(main)
+
+
+# -- members that come and go
+
+
+def test_a_replica_that_leaves_is_let_go_of_after_its_last_request() -> None:
+    async def main() -> None:
+        async with Rig(decode=2) as rig:
+            old = rig.add(PROMPT, 50)
+            leaver = rig.receipt(old).placement.decode
+            await rig.writing(old)
+            rig.transport.remove(leaver)
+            new = [rig.add(OTHER_PROMPT, 10) for _ in range(4)]
+            assert leaver not in {rig.receipt(request_id).placement.decode for request_id in new}
+            for request_id in new:
+                await rig.finished(request_id)
+            assert leaver not in rig.transport.let_go_of
+            assert (await rig.finished(old)).token_ids == answer_to(PROMPT, 50)
+            assert rig.cluster.get(leaver) is None
+            await until(lambda: leaver in rig.transport.let_go_of, "the stream to be closed")
+
+    simulate(main)
+
+
+def test_an_idle_replica_that_leaves_is_let_go_of_at_once() -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            rig.transport.remove("prefill-0")
+            assert rig.cluster.get("prefill-0") is None
+            answer, receipt = await rig.ask(PROMPT)
+            assert answer.token_ids == answer_to(PROMPT, 6)
+            assert receipt.placement.prefill is None
+            assert rig.transport.let_go_of == ["prefill-0"]
+
+    simulate(main)
+
+
+def test_a_prefill_replica_that_leaves_finishes_what_it_reads() -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            request_id = rig.add(PROMPT)
+            await prefilling(rig, request_id)
+            rig.transport.remove("prefill-0")
+            await rig.finished(request_id)
+            outcome = rig.receipt(request_id).outcome
+            assert (outcome.faults, outcome.kv_blocks_moved) == ((), 6)
+            await until(lambda: rig.transport.let_go_of == ["prefill-0"], "the stream to be closed")
+
+    simulate(main)
+
+
+def test_a_prefill_replica_that_leaves_keeps_its_blocks_until_decode_has_fetched_them() -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            other = rig.add(OTHER_PROMPT, 2, needs_whole_prompt=True)
+            request_id = rig.add(PROMPT, 50)
+            await pulling(rig, request_id)
+            rig.transport.remove("prefill-0")
+            await rig.finished(other)
+            assert not rig.answers[request_id].token_ids
+            assert rig.cluster.get("prefill-0") is not None
+            await rig.writing(request_id)
+            assert rig.cluster.get("prefill-0") is None
+            await rig.finished(request_id)
+            assert rig.receipt(request_id).outcome.kv_blocks_moved == 6
+
+    simulate(main)
+
+
+def test_a_replica_that_dies_after_it_left_is_forgotten() -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            request_id = rig.add(PROMPT)
+            await prefilling(rig, request_id)
+            rig.transport.remove("prefill-0")
+            rig.engines["prefill-0"].die()
+            await until(lambda: rig.cluster.get("prefill-0") is None, "it to be forgotten")
+            assert not rig.answers[request_id].token_ids
+            assert (await rig.finished(request_id)).token_ids == answer_to(PROMPT, 6)
+            assert rig.receipt(request_id).outcome.faults == ("prefill-0 was lost",)
+
+    simulate(main)
+
+
+def test_a_replica_that_comes_back_before_it_was_let_go_of_is_used_again() -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            request_id = rig.add(PROMPT, 50)
+            await rig.writing(request_id)
+            rig.transport.remove("decode-0")
+            with pytest.raises(PlacementRejected):
+                rig.add(PROMPT)
+            rig.transport.add(rig.workers["decode-0"])
+            await rig.ready("decode-0")
+            assert (await rig.finished(request_id)).token_ids == answer_to(PROMPT, 50)
+            assert (await rig.ask(PROMPT))[0].token_ids == answer_to(PROMPT, 6)
+            assert rig.transport.let_go_of == []
+
+    simulate(main)
+
+
+def test_a_replica_that_joins_is_warmed_with_every_partner_before_it_is_used() -> None:
+    async def main() -> None:
+        async with Rig(prefill=2) as rig:
+            gate = rig.transport.before_submit["decode-1"] = asyncio.Event()
+            rig.transport.add(rig.new_worker(Phase.DECODE, "decode-1"))
+            await until(lambda: any(target == "decode-1" for target, _, _ in rig.transport.submitted), "a warm-up")
+            early = [rig.add(PROMPT, 30) for _ in range(3)]
+            assert {rig.receipt(request_id).placement.decode for request_id in early} == {"decode-0"}
+            gate.set()
+            await rig.ready("decode-1")
+            sent = [request for target, _, request in rig.transport.submitted if target == "decode-1"]
+            assert [r.handoff.source_replica for r in sent if r.handoff] == ["prefill-0", "prefill-1"]
+            assert all(r.max_tokens == 1 and r.sampling == b"warm-up" for r in sent)
+            late = rig.add(OTHER_PROMPT)
+            assert rig.receipt(late).placement.decode == "decode-1"
+            for request_id in (*early, late):
+                await rig.finished(request_id)
+
+    simulate(main)
+
+
+def test_a_replica_that_joins_is_not_kept_out_by_a_partner_that_leaves() -> None:
+    async def main() -> None:
+        slow = replace(CONFIG, latency=replace(CONFIG.latency, handoff_fixed_s=5.0))
+        async with Rig(prefill=2, engines={"decode-0": slow}) as rig:
+            reading = rig.add(PROMPT, 50)
+            leaver = rig.receipt(reading).placement.prefill
+            assert leaver is not None
+            await pulling(rig, reading)
+            rig.transport.remove(leaver)
+            rig.transport.add(rig.new_worker(Phase.DECODE, "decode-1"))
+            await rig.ready("decode-1")
+            assert rig.cluster.get(leaver) is not None
+            await rig.finished(reading)
+
+    simulate(main)
+
+
+def test_a_partner_that_dies_during_a_warm_up_does_not_hold_up_the_one_that_joins() -> None:
+    async def main() -> None:
+        slow = replace(CONFIG, latency=replace(CONFIG.latency, prefill_fixed_s=1.0))
+        async with Rig(engines={"prefill-0": slow}) as rig:
+            start_s = now_s()
+            rig.transport.add(rig.new_worker(Phase.DECODE, "decode-1"))
+            await until(lambda: len(warm_ups(rig, "prefill-0", start_s)) == 1, "its warm-up")
+            rig.engines["prefill-0"].die()
+            await rig.ready("decode-1")
+            assert now_s() - start_s < 1.0
+
+    simulate(main)
+
+
+def test_a_replica_that_fails_its_warm_ups_stays_out() -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            worker, tries = rig.new_worker(Phase.DECODE, "decode-1"), itertools.count(1)
+
+            async def refuse(gateway_id: str, request: EngineRequest) -> None:
+                raise InvalidEngineRequestError(f"refusal {next(tries)}")
+
+            worker.submit = refuse
+            rig.transport.add(worker)
+            await until(lambda: len(warm_ups(rig, "decode-1")) == 3, "three tries")
+            await asyncio.sleep(PATIENCE_S)
+            assert len(warm_ups(rig, "decode-1")) == 3
+            _, receipt = await rig.ask(PROMPT)
+            assert receipt.placement.decode == "decode-0"
+            # The hand-offs of the warm-ups that were refused: nobody else knows of them.
+            rig.leases_may_end = 3
+            await asyncio.sleep(CONFIG.lease_s)
+
+    simulate(main)
+
+
+def warm_ups(rig: Rig, replica_id: str, since_s: float = 0.0) -> list[EngineRequest]:
+    sent = [request for target, at_s, request in rig.transport.submitted if target == replica_id and at_s >= since_s]
+    return [request for request in sent if request.request_id.startswith("warm-up-")]
+
+
+def test_start_times_out_with_what_is_missing() -> None:
+    async def main() -> None:
+        rig = Rig()
+        rig.expected[Phase.DECODE] = 2
+        with pytest.raises(TimeoutError, match="after 5 s only 1 of 1 prefill and 1 of 2 decode replicas are ready"):
+            await rig.orchestrator.start(rig.expected, timeout_s=5.0)
+        assert now_s() == pytest.approx(5.0)
+        await rig.close()
+
+    simulate(main)
+
+
+# -- the end
+
+
+def test_close_in_the_middle_of_everything_leaves_no_task() -> None:
+    async def main() -> None:
+        rig = Rig(handoff_timeout_s=600.0)
+        joiner = rig.new_worker(Phase.DECODE, "decode-1")
+        not_ours = asyncio.all_tasks()
+        await rig.start()
+        writing, group = rig.add(PROMPT, 200), add_group(rig, 3)
+        await rig.writing(writing)
+        rig.transport.before_submit["prefill-0"] = asyncio.Event()
+        rig.transport.before_submit["decode-0"] = asyncio.Event()
+        held = rig.add(OTHER_PROMPT)
+        await rig.placed_on(held, "prefill-0")
+        rig.add(OTHER_PROMPT)
+        assert rig.orchestrator.num_in_flight > len(group)
+        await rig.orchestrator.close()
+        rig.transport.add(joiner)
+        (reader_of_deltas,) = asyncio.all_tasks() - not_ours
+        assert not reader_of_deltas.cancelling()
+        await rig.close()
+
+    simulate(main)
+
+
+def test_a_gateway_that_vanishes_has_its_requests_aborted() -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            writing = rig.add(PROMPT, 200)
+            await rig.writing(writing)
+            reading = rig.add(OTHER_PROMPT, 200)
+            await prefilling(rig, reading)
+            await rig.orchestrator.close()
+            await rig.loads_are_told()
+            for replica_id in ("prefill-0", "decode-0"):
+                load = rig.loads[replica_id]
+                assert (load.num_running_requests, load.num_waiting_requests, load.num_kv_blocks_used) == (0, 0, 0)
+            rig.is_over = True
+
+    simulate(main)
+
+
+# -- whatever happens
+
+
+@dataclass(frozen=True)
+class Job:
+    """A group of a generated load. `patience_s`: when the client goes away."""
+
+    start_s: float
+    num_choices: int
+    num_prompt_tokens: int
+    max_tokens: int
+    patience_s: float | None
+    needs_whole_prompt: bool
+
+
+jobs = st.builds(
+    Job,
+    start_s=st.floats(0, 0.5),
+    num_choices=st.sampled_from([1, 1, 1, 3]),
+    num_prompt_tokens=st.integers(1, 60),
+    max_tokens=st.integers(1, 20),
+    patience_s=st.none() | st.floats(0, 0.5),
+    needs_whole_prompt=st.booleans(),
+)
+
+
+@given(
+    load=st.lists(jobs, min_size=1, max_size=10),
+    prefill_dies_at_s=st.none() | st.floats(0, 0.6),
+    decode_leaves_at_s=st.none() | st.floats(0, 0.6),
+    handoff_timeout_s=st.sampled_from([0.02, 0.1, 3.0]),
+)
+@settings(max_examples=60, deadline=None)
+def test_no_load_and_no_fault_loses_a_token_or_a_block(
+    load: list[Job], prefill_dies_at_s: float | None, decode_leaves_at_s: float | None, handoff_timeout_s: float
+) -> None:
+    async def ask(rig: Rig, number: int, job: Job) -> None:
+        await asyncio.sleep(job.start_s)
+        prompt = [*PROMPT[: job.num_prompt_tokens], number]
+        group = rig.orchestrator.new_group(f"group-{number}", job.num_choices)
+        more = {"needs_whole_prompt": job.needs_whole_prompt}
+        request_ids = [rig.add(prompt, job.max_tokens, group, **more) for _ in range(job.num_choices)]
+        if job.patience_s is not None:
+            await asyncio.sleep(job.patience_s)
+            rig.orchestrator.abort(request_ids)
+        expected = answer_to(prompt, job.max_tokens)
+        for request_id in request_ids:
+            answer = rig.answers[request_id]
+            if job.patience_s is None:
+                await rig.finished(request_id)
+            if answer.finish_reason is FinishReason.LENGTH:
+                assert answer.token_ids == expected
+            else:
+                # Only a request that was on its way to the replica that left may fail.
+                assert answer.finish_reason is None or decode_leaves_at_s is not None, answer.error
+                assert answer.token_ids == expected[: len(answer.token_ids)]
+        assert rig.receipt(f"group-{number}").outcome.status != "running"
+
+    async def main() -> None:
+        async with Rig(prefill=2, decode=2, handoff_timeout_s=handoff_timeout_s) as rig:
+            async with asyncio.TaskGroup() as group:
+                for number, job in enumerate(load):
+                    group.create_task(ask(rig, number, job))
+                if prefill_dies_at_s is not None:
+                    await asyncio.sleep(prefill_dies_at_s)
+                    rig.engines["prefill-0"].die()
+                if decode_leaves_at_s is not None:
+                    await asyncio.sleep(decode_leaves_at_s)
+                    rig.transport.remove("decode-0")
+            if decode_leaves_at_s is not None:
+                # A hand-off that was on its way to the replica that left is its prefill engine's to give up.
+                rig.leases_may_end = len(load)
+                await asyncio.sleep(CONFIG.lease_s)
+
+    simulate(main)
