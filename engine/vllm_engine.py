@@ -75,6 +75,10 @@ def environment(config: VllmEngineConfig, side_channel_port: int) -> dict[str, s
     if config.device == "cpu" and config.cpu_cores:
         env["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, config.cpu_cores))
         env["OMP_NUM_THREADS"] = str(len(config.cpu_cores))
+    if config.device == "cpu" and config.engine_args.get("enforce_eager"):
+        # vLLM compiles a helper of logprobs all the same: the first request that asks for them waited 17 s for a C++
+        # compiler, which the machine may not even have.
+        env["TORCH_COMPILE_DISABLE"] = "1"
     if config.ucx_tls:
         env["UCX_TLS"] = config.ucx_tls
     return env | config.env

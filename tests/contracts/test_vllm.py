@@ -1,6 +1,9 @@
 """Every internal of vLLM that Baton touches, by name: when an upgrade breaks one, the failing test says which."""
 
 import inspect
+import os
+import subprocess
+import sys
 
 import msgspec
 import numpy as np
@@ -201,6 +204,28 @@ class TestCpuWorker:
         from vllm.v1.worker.cpu_worker import CPUWorker
 
         assert "self.model_runner = CPUModelRunner(" in inspect.getsource(CPUWorker.init_device)
+
+
+class TestCompiler:
+    """engine/vllm_engine.py keeps an eager CPU engine from compiling a helper at the first request with logprobs."""
+
+    def test_an_eager_engine_runs_the_helper_uncompiled(self):
+        from engine.protocol import Phase
+        from engine.vllm_engine import VllmEngineConfig, environment
+
+        config = VllmEngineConfig("a", "model", Phase.DECODE, {"enforce_eager": True}, device="cpu")
+        program = (
+            "import torch\n"
+            "from vllm.v1.sample.ops.logprobs import batched_count_greater_than\n"
+            "batched_count_greater_than(torch.ones(2, 3), torch.ones(2, 1))\n"
+            "print(torch._dynamo.utils.counters['stats']['unique_graphs'])"
+        )
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("TORCH")}
+        result = subprocess.run(
+            [sys.executable, "-c", program],
+            env=clean | environment(config, 1), capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert result.stdout.split()[-1] == "0"
 
 
 class TestConnector:
