@@ -44,7 +44,9 @@ class EngineRequest(msgspec.Struct, frozen=True, array_like=True):
     """One sequence for one engine: tokens in, tokens out, n=1, no text.
 
     `sampling` is the front end's sampling parameters, encoded by the engine family that reads them; the engine
-    itself trims them to what its phase needs. `max_tokens` repeats what routing and the simulated engine need.
+    itself trims them to what its phase needs. A PREFILL request without them is only read: the token that ends it
+    means nothing. `max_tokens` counts what this engine may write; the last `num_written_tokens` of the prompt are
+    part of the answer already, written by another engine, and a hand-off covers the prompt without them.
     """
 
     request_id: str
@@ -56,6 +58,7 @@ class EngineRequest(msgspec.Struct, frozen=True, array_like=True):
     cache_salt: str | None = None
     priority: int = 0
     trace_headers: dict[str, str] | None = None
+    num_written_tokens: int = 0
 
 
 class PrefillFacts(msgspec.Struct, frozen=True, array_like=True):
@@ -67,11 +70,21 @@ class PrefillFacts(msgspec.Struct, frozen=True, array_like=True):
     num_external_cached_tokens: int
 
 
+class EngineTimes(msgspec.Struct, frozen=True, array_like=True):
+    """Where a request's time in an engine went, up to its first token there, in seconds.
+
+    `waited_s`: until it was first scheduled, the fetch of its hand-off included; `computed_s`: from then on.
+    """
+
+    waited_s: float
+    computed_s: float
+
+
 class TokenDelta(msgspec.Struct, frozen=True, array_like=True):
     """What one engine step produced for one request.
 
     `logprobs` is the engine family's own encoding of raw logprobs; only the front end of that family reads it.
-    `prefill` comes with the first delta. `error` explains `FinishReason.ERROR` to an operator.
+    `prefill` and `times` come with the first delta. `error` explains `FinishReason.ERROR` to an operator.
     """
 
     request_id: str
@@ -82,19 +95,53 @@ class TokenDelta(msgspec.Struct, frozen=True, array_like=True):
     prefill: PrefillFacts | None = None
     handoff: KVHandoff | None = None
     error: str | None = None
+    times: EngineTimes | None = None
 
 
 class EngineLoad(msgspec.Struct, frozen=True, array_like=True):
-    """An engine's state after a step. Counters named `*_total` only grow while the engine lives."""
+    """An engine's state after a step. Counters named `*_total` only grow while the engine lives.
+
+    Tokens are counted from what was submitted and produced: queued are the prompts of requests without a token yet,
+    also while their prompt is read or their hand-off fetched; running are prompt and answer of the others. Blocks that
+    are only cached count as free, for they are given to whoever needs them. `step_duration_s` is the last step that
+    computed anything. `prefill_tokens_per_s` is prompt tokens computed per second of step time, over the last steps
+    that read prompts (`engine.load.Pace`); 0 until there was one. `kv_event_gaps_total` counts how often changes of the
+    cache were lost for good and the engine's blocks had to be forgotten (`Engine.block_changes`).
+    """
 
     num_running_requests: int = 0
     num_waiting_requests: int = 0
+    num_running_tokens: int = 0
+    num_queued_tokens: int = 0
     num_kv_blocks_used: int = 0
+    num_kv_blocks_free: int = 0
+    step_duration_s: float = 0.0
+    prefill_tokens_per_s: float = 0.0
     kv_bytes_received_total: int = 0
     kv_transfers_total: int = 0
     kv_transfer_failures_total: int = 0
     kv_leases_expired_total: int = 0
+    kv_event_gaps_total: int = 0
     prompt_tokens_computed_total: int = 0
+
+
+class InFlight(msgspec.Struct, frozen=True, array_like=True):
+    """Requests sent and not ended, and their tokens: prompts and what they have written so far."""
+
+    num_requests: int = 0
+    num_tokens: int = 0
+
+
+class BlockChanges(msgspec.Struct, frozen=True, array_like=True):
+    """What has changed in a set of cached blocks, by Baton's hashes (`engine.blocks.block_hashes`).
+
+    To apply: if `cleared`, forget everything; then drop `removed` and add `stored`, which share no hash. So a snapshot
+    is `cleared` with all blocks stored.
+    """
+
+    stored: list[bytes]
+    removed: list[bytes]
+    cleared: bool = False
 
 
 class EngineInfo(msgspec.Struct, frozen=True, array_like=True):
@@ -117,7 +164,11 @@ class EngineStep(msgspec.Struct, frozen=True):
 
 
 class WorkerReport(msgspec.Struct, frozen=True, array_like=True):
-    """One message of a worker's report stream to one gateway. `sequence` counts from 0 on each stream."""
+    """One message of a worker's report stream to one gateway. `sequence` counts from 0 on each stream.
+
+    `others_in_flight` is what the other gateways have on this worker. `blocks` are the changes of the engine's cached
+    blocks since the report before: a snapshot in the first report, and whenever one is shorter than the changes.
+    """
 
     replica_id: str
     phase: Phase
@@ -125,6 +176,8 @@ class WorkerReport(msgspec.Struct, frozen=True, array_like=True):
     deltas: list[TokenDelta]
     load: EngineLoad
     info: EngineInfo | None = None
+    others_in_flight: InFlight = InFlight()
+    blocks: BlockChanges | None = None
 
 
 class EngineGoneError(RuntimeError):
@@ -138,9 +191,10 @@ class InvalidEngineRequestError(ValueError):
 class Engine(Protocol):
     """The port both engines stand behind (`engine.vllm_engine`, `engine.simulated`); one contract suite tests both.
 
-    One consumer reads `steps()`. A submitted request ends with exactly one delta that has a finish reason, unless
-    it was aborted first. A PREFILL request ends with a `KVHandoff` (none if it failed). A DECODE request with a
-    hand-off fetches the blocks and computes only what the hand-off does not cover; without one it prefills itself.
+    One consumer reads `steps()`, one `block_changes()`. A submitted request ends with exactly one delta that has a
+    finish reason, unless it was aborted first. A PREFILL request ends with a `KVHandoff` (none if it failed). A DECODE
+    request with a hand-off fetches the blocks and computes only what the hand-off does not cover; without one it
+    prefills itself.
     """
 
     @property
@@ -160,6 +214,16 @@ class Engine(Protocol):
 
     def steps(self) -> AsyncIterator[EngineStep]:
         """Endless; raises EngineGoneError when the engine dies."""
+        ...
+
+    def block_changes(self) -> AsyncIterator[BlockChanges]:
+        """How the engine's cached blocks change, told with the step that changed them or soon after.
+
+        A stream of its own, because engines publish these events beside their outputs, and because getting lost ones
+        again must not hold up tokens. What is lost for good is told as `cleared` and counted in
+        `EngineLoad.kv_event_gaps_total`. It starts from an empty cache and is endless; when the engine dies it may end
+        or fall silent: `steps()` tells of the end.
+        """
         ...
 
     async def shutdown(self) -> None: ...

@@ -1,9 +1,10 @@
-"""Owns the outbox of one report stream: it batches deltas and load into at most one report per engine step."""
+"""Owns the outbox of one report stream: it batches deltas, load and cache changes into at most one report per step."""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable
 
-from engine.protocol import EngineInfo, EngineLoad, Phase, TokenDelta, WorkerReport
+from engine.blocks import BlockMirror, ChangeLog
+from engine.protocol import BlockChanges, EngineInfo, EngineLoad, InFlight, Phase, TokenDelta, WorkerReport
 
 LOAD_INTERVAL_S = 0.05
 
@@ -11,29 +12,44 @@ LOAD_INTERVAL_S = 0.05
 class Outbox:
     """What one gateway has yet to be told by one worker.
 
-    Deltas leave at once and in order; a change of load alone waits up to LOAD_INTERVAL_S for company. A gateway
-    that reads slowly gets fewer, larger reports: what is held is bounded by the tokens its own requests produce.
+    Deltas leave at once and in order; changes of load, of what others have in flight and of cached blocks wait up to
+    LOAD_INTERVAL_S for company. A gateway that reads slowly gets fewer, larger reports. What is held for it is bounded
+    by the tokens its own requests produce and by the blocks of the engine: changes of blocks are merged, and as soon
+    as they outnumber the blocks that are held, it is sent all of those instead.
     """
 
-    def __init__(self, replica_id: str, phase: Phase, info: EngineInfo, load: EngineLoad):
+    def __init__(self, replica_id: str, phase: Phase, info: EngineInfo, load: EngineLoad, blocks: BlockMirror):
         self._replica_id = replica_id
         self._phase = phase
         self._info: EngineInfo | None = info
         self._load = load
+        self._others = InFlight()
+        self._blocks = blocks
+        self._block_log = ChangeLog()
+        self._snapshot_due = True
         self._deltas: list[TokenDelta] = []
-        self._load_changed = True
+        self._load_changed = False
         self._wake = asyncio.Event()
         self._failure: BaseException | None = None
         self._closed = False
         self._wake.set()
 
-    def put(self, deltas: Iterable[TokenDelta], load: EngineLoad) -> None:
+    def put(self, deltas: Iterable[TokenDelta], load: EngineLoad, others: InFlight) -> None:
         self._deltas.extend(deltas)
-        if load != self._load:
-            self._load = load
+        if load != self._load or others != self._others:
+            self._load, self._others = load, others
             self._load_changed = True
         if self._deltas or self._load_changed:
             self._wake.set()
+
+    def put_blocks(self, changes: BlockChanges) -> None:
+        """Takes changes that the mirror this outbox was made with has taken already."""
+        if not self._snapshot_due:
+            self._block_log.add(changes)
+            if len(self._block_log) > len(self._blocks):
+                self._block_log = ChangeLog()
+                self._snapshot_due = True
+        self._wake.set()
 
     def close(self) -> None:
         """Ends the stream; what was not read yet is dropped."""
@@ -53,7 +69,7 @@ class Outbox:
         while True:
             await self._wake.wait()
             if self._is_quiet() and (pause_s := next_load_s - loop.time()) > 0:
-                # Only load has changed: let it wait for a delta, but not for long.
+                # Only state has changed: let it wait for a delta, but not for long.
                 self._wake.clear()
                 try:
                     async with asyncio.timeout(pause_s):
@@ -65,18 +81,26 @@ class Outbox:
             self._wake.clear()
             if self._closed:
                 return
-            if self._deltas or self._load_changed:
+            if self._deltas or self._load_changed or self._snapshot_due or self._block_log:
                 deltas, self._deltas = self._deltas, []
+                info, self._info = self._info, None
                 self._load_changed = False
                 next_load_s = loop.time() + LOAD_INTERVAL_S
-                yield WorkerReport(self._replica_id, self._phase, sequence, deltas, self._load, self._info)
-                self._info = None
+                yield WorkerReport(
+                    self._replica_id, self._phase, sequence, deltas, self._load, info, self._others, self._take_blocks()
+                )
                 sequence += 1
                 if self._deltas or self._failure:
                     self._wake.set()
             elif self._failure is not None:
                 raise self._failure
 
+    def _take_blocks(self) -> BlockChanges | None:
+        if not self._snapshot_due:
+            return self._block_log.take()
+        self._snapshot_due = False
+        return self._blocks.snapshot()
+
     def _is_quiet(self) -> bool:
-        """Nothing but load can have changed."""
+        """Nothing but load and cached blocks can have changed."""
         return not self._deltas and self._failure is None and not self._closed

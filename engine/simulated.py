@@ -7,19 +7,23 @@ import asyncio
 import hashlib
 import math
 from array import array
-from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
+from engine.blocks import block_hashes
+from engine.load import Ledger, Pace
 from engine.protocol import (
+    BlockChanges,
     EngineGoneError,
     EngineInfo,
     EngineLoad,
     EngineRequest,
     EngineStep,
+    EngineTimes,
     FinishReason,
     InvalidEngineRequestError,
     KVHandoff,
@@ -27,6 +31,7 @@ from engine.protocol import (
     PrefillFacts,
     TokenDelta,
 )
+from engine.simulated_blocks import Block, BlockPool
 
 CLOCK_TOLERANCE_S = 1e-6  # timers may fire a rounding error early; a deadline this near has passed
 
@@ -128,65 +133,6 @@ class SimulatedFabric:
 
 
 @dataclass(eq=False, slots=True)
-class Block:
-    """One KV block. `content` stands for the KV: the tokens it was really computed from, 4 bytes each."""
-
-    block_hash: bytes | None = None
-    content: bytes = b""
-    references: int = 0
-
-
-class BlockPool:
-    """Reference-counted blocks and the prefix cache: an unreferenced block can be found until it is evicted (LRU)."""
-
-    def __init__(self, num_blocks: int):
-        self.num_blocks = num_blocks
-        self.num_used = 0
-        self._cached: dict[bytes, Block] = {}
-        self._idle: OrderedDict[bytes, Block] = OrderedDict()
-
-    def match(self, hashes: Iterable[bytes]) -> list[Block]:
-        """The longest cached run of `hashes`; takes no reference."""
-        hits: list[Block] = []
-        for block_hash in hashes:
-            if (block := self._cached.get(block_hash)) is None:
-                break
-            hits.append(block)
-        return hits
-
-    def take(self, hits: list[Block], num_new: int) -> list[Block] | None:
-        """References `hits` and `num_new` blank blocks; None, and nothing taken, if they do not fit."""
-        num_idle_hits = sum(not block.references for block in hits)
-        if self.num_used + num_idle_hits + num_new > self.num_blocks:
-            return None
-        self.num_used += num_idle_hits + num_new
-        blocks = hits + [Block() for _ in range(num_new)]
-        for block in blocks:
-            if block.block_hash is not None and not block.references:
-                del self._idle[block.block_hash]
-            block.references += 1
-        while self.num_used + len(self._idle) > self.num_blocks:
-            evicted, _ = self._idle.popitem(last=False)
-            del self._cached[evicted]
-        return blocks
-
-    def give_back(self, blocks: Sequence[Block]) -> None:
-        for block in reversed(blocks):  # so that the end of a prompt is evicted before its beginning
-            assert block.references > 0, "a block was given back twice"
-            block.references -= 1
-            if not block.references:
-                self.num_used -= 1
-                if block.block_hash is not None:
-                    self._idle[block.block_hash] = block
-
-    def cache(self, block: Block, block_hash: bytes) -> None:
-        """Lets a full, referenced block be found, unless another one of its hash can be."""
-        if block.block_hash is None and block_hash not in self._cached:
-            block.block_hash = block_hash
-            self._cached[block_hash] = block
-
-
-@dataclass(eq=False, slots=True)
 class _Sequence:
     """One live request. `tokens` is the prompt, then the output; `handoff` is set until its blocks are fetched."""
 
@@ -199,6 +145,8 @@ class _Sequence:
     num_output: int = 0
     num_local_cached: int = 0
     num_external_cached: int = 0
+    submitted_s: float = 0.0
+    scheduled_s: float | None = None
     pull_end_s: float = 0.0
     context: Any = None
 
@@ -207,10 +155,11 @@ class _Sequence:
         return len(self.tokens) - self.num_computed
 
     def block_hashes(self, block_size_tokens: int) -> list[bytes]:
-        """Chained hashes of the full blocks; the cache salt is the first link's parent, so it enters them all."""
-        while (end := (len(self.hashes) + 1) * block_size_tokens) <= len(self.tokens):
-            parent = self.hashes[-1] if self.hashes else _digest((self.request.cache_salt or "").encode())
-            self.hashes.append(_digest(parent + self.tokens[end - block_size_tokens : end].tobytes()))
+        """Hashes of the full blocks so far."""
+        if len(self.tokens) - len(self.hashes) * block_size_tokens >= block_size_tokens:
+            new_tokens, parent = self.tokens[len(self.hashes) * block_size_tokens :], self.hashes[-1:]
+            salt = self.request.cache_salt
+            self.hashes += block_hashes(new_tokens, block_size_tokens, salt, parent[0] if parent else None)
         return self.hashes
 
 
@@ -253,10 +202,14 @@ class SimulatedEngine:
         self._num_leases_expired = self._num_prompt_tokens_computed = 0
         self._deltas: list[TokenDelta] = []
         self._mergeable: dict[str, int] = {}
-        self._load_read = EngineLoad()
+        self._ledger = Ledger()
+        self._pace = Pace()
+        self._num_event_gaps = 0
+        self._load_read = self._load()
         self._gone: str | None = None
         self._wake = asyncio.Event()
         self._news = asyncio.Event()
+        self._block_news = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._handoff_params = fabric.join(self)
         self._task = self._loop.create_task(self._run(), name=f"simulated-engine-{replica_id}")
@@ -265,18 +218,26 @@ class SimulatedEngine:
     def info(self) -> EngineInfo:
         return self._info
 
+    @property
+    def cached_blocks(self) -> Set[bytes]:
+        """What the engine really has cached, for whoever checks what it tells."""
+        return self._pool.cached
+
     async def submit(self, request: EngineRequest) -> None:
         self._check_alive()
         sequence = _Sequence(request, self._checked_tokens(request), request.handoff)
+        sequence.submitted_s = self._loop.time()
         if request.handoff and (source := self._fabric.source(request.handoff)):
             source.renew_lease(request.handoff, held=True)
         self._live[request.request_id] = sequence
+        self._ledger.began(request.request_id, len(request.prompt_token_ids))
         self._waiting.append(sequence)
         self._wake.set()
 
     async def abort(self, request_ids: Sequence[str]) -> None:
         for request_id in request_ids:
             if sequence := self._live.pop(request_id, None):
+                self._ledger.ended(request_id)
                 for queue in (self._waiting, self._pulling, self._pulled, self._running):
                     if sequence in queue:
                         queue.remove(sequence)
@@ -304,6 +265,13 @@ class SimulatedEngine:
             else:
                 self._news.clear()
 
+    async def block_changes(self) -> AsyncIterator[BlockChanges]:
+        while self._gone is None:
+            await self._block_news.wait()
+            self._block_news.clear()
+            if changes := self._pool.take_changes():
+                yield changes
+
     async def shutdown(self) -> None:
         self._end("was shut down")
         await asyncio.gather(self._task, return_exceptions=True)
@@ -311,6 +279,12 @@ class SimulatedEngine:
     def die(self) -> None:
         """Simulates the death of the engine's processes, in the middle of whatever it does."""
         self._end("died")
+
+    def lose_block_changes(self) -> None:
+        """Simulates cache events that are lost for good: whatever was told of blocks does not hold any more."""
+        self._pool.forget_told()
+        self._num_event_gaps += 1
+        self._tell_news()
 
     # -- what the other engines of the fabric ask of the one that keeps the blocks
 
@@ -342,17 +316,23 @@ class SimulatedEngine:
                 if batch := self._schedule():
                     num_prefill_tokens = sum(num_tokens for _, num_tokens in batch if num_tokens > 1)
                     num_decodes = sum(num_tokens == 1 for _, num_tokens in batch)
-                    await asyncio.sleep(self._config.latency.step_s(num_prefill_tokens, num_decodes))
+                    duration_s = self._config.latency.step_s(num_prefill_tokens, num_decodes)
+                    await asyncio.sleep(duration_s)
+                    self._pace.stepped(duration_s, num_prefill_tokens)
                     for sequence, num_tokens in batch:
                         if self._live.get(sequence.request.request_id) is sequence:
                             self._compute(sequence, num_tokens)
-                    self._news.set()
+                    self._tell_news()
                 else:
-                    self._news.set()
+                    self._tell_news()
                     await self._rest()
         except Exception as error:
             self._end(f"failed: {error!r}")
             raise
+
+    def _tell_news(self) -> None:
+        self._block_news.set()
+        self._news.set()
 
     async def _rest(self) -> None:
         """Waits for a call, an arriving pull or the end of a lease."""
@@ -385,6 +365,8 @@ class SimulatedEngine:
             budget -= num_tokens
         while budget and len(self._running) < self._config.max_num_seqs and (sequence := self._next_admitted()):
             num_tokens = min(budget, sequence.num_uncomputed)
+            if sequence.scheduled_s is None:
+                sequence.scheduled_s = self._loop.time()
             self._running.append(sequence)
             batch.append((sequence, num_tokens))
             budget -= num_tokens
@@ -497,26 +479,33 @@ class SimulatedEngine:
         self._append_token(sequence, self._config.token_rule.pick(sequence.context.digest()))
 
     def _append_token(self, sequence: _Sequence, token: int) -> None:
-        request, facts, handoff, finish = sequence.request, None, None, None
+        request, facts, handoff, finish, times = sequence.request, None, None, None, None
         if not sequence.num_output:
+            assert sequence.scheduled_s is not None
+            waited_s = sequence.scheduled_s - sequence.submitted_s
+            times = EngineTimes(waited_s, self._loop.time() - sequence.scheduled_s)
             num_prompt, local = len(request.prompt_token_ids), sequence.num_local_cached
             external = sequence.num_external_cached
             facts = PrefillFacts(num_prompt, num_prompt - local - external, local, external)
         sequence.tokens.append(token)
         sequence.num_output += 1
-        is_stop = request.phase is Phase.DECODE and token in self._config.token_rule.stop_token_ids
+        self._ledger.wrote(request.request_id, 1)
+        reads_only = request.phase is Phase.PREFILL and not request.sampling
+        is_stop = not reads_only and token in self._config.token_rule.stop_token_ids
         if is_stop:
             finish = FinishReason.STOP
-        elif request.phase is Phase.PREFILL:
-            finish, handoff = FinishReason.LENGTH, self._pin(sequence)
         elif sequence.num_output >= request.max_tokens or len(sequence.tokens) >= self._config.max_model_len:
             finish = FinishReason.LENGTH
+        if finish is not None and request.phase is Phase.PREFILL:
+            handoff = self._pin(sequence)
         if finish is not None:
             self._running.remove(sequence)
             del self._live[request.request_id]
+            self._ledger.ended(request.request_id)
             if handoff is None:
                 self._pool.give_back(sequence.blocks)
-        self._emit(TokenDelta(request.request_id, [token], finish, token if is_stop else None, None, facts, handoff))
+        stop_reason = token if is_stop else None
+        self._emit(TokenDelta(request.request_id, [token], finish, stop_reason, None, facts, handoff, times=times))
 
     def _pin(self, sequence: _Sequence) -> KVHandoff:
         request_id, num_tokens = sequence.request.request_id, len(sequence.request.prompt_token_ids)
@@ -542,11 +531,17 @@ class SimulatedEngine:
         return EngineLoad(
             num_running_requests=len(self._running),
             num_waiting_requests=len(self._waiting) + len(self._pulling) + len(self._pulled),
+            num_queued_tokens=self._ledger.num_queued_tokens,
+            num_running_tokens=self._ledger.num_running_tokens,
             num_kv_blocks_used=self._pool.num_used,
+            num_kv_blocks_free=self._config.num_kv_blocks - self._pool.num_used,
+            step_duration_s=self._pace.step_duration_s,
+            prefill_tokens_per_s=self._pace.prefill_tokens_per_s,
             kv_bytes_received_total=self._num_bytes_received,
             kv_transfers_total=self._num_transfers,
             kv_transfer_failures_total=self._num_transfer_failures,
             kv_leases_expired_total=self._num_leases_expired,
+            kv_event_gaps_total=self._num_event_gaps,
             prompt_tokens_computed_total=self._num_prompt_tokens_computed,
         )
 
@@ -583,11 +578,7 @@ class SimulatedEngine:
             if sequence.handoff and (source := self._fabric.source(sequence.handoff)):
                 source.renew_lease(sequence.handoff, held=False)
         self._task.cancel()
-        self._news.set()
-
-
-def _digest(data: bytes) -> bytes:
-    return hashlib.blake2b(data, digest_size=16).digest()
+        self._tell_news()
 
 
 def _new_context(seed: int, contents: Iterable[bytes]) -> Any:

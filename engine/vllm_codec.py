@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 import msgspec
-from vllm.sampling_params import SamplingParams
+from vllm.sampling_params import SamplingParams, SamplingType
 from vllm.v1.outputs import LogprobsLists, LogprobsTensors
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
@@ -47,3 +47,17 @@ def _join(frames: Any) -> bytes:
 
 def _split(data: bytes) -> list[bytes]:
     return msgspec.msgpack.decode(data, type=list[bytes])
+
+
+def is_resumable(params: SamplingParams) -> bool:
+    """Whether prompt and tokens so far alone decide how an answer goes on (docs/adr/0010).
+
+    Not so with a seeded generator, a grammar, or anything that looks at the answer's earlier tokens: their state would
+    start anew on another engine.
+    """
+    is_greedy = params.sampling_type is SamplingType.GREEDY
+    looks_back = (
+        params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0
+        or params.bad_words or params.repetition_detection or params.thinking_token_budget is not None
+    )  # fmt: skip
+    return (is_greedy or params.seed is None) and not looks_back and params.structured_outputs is None

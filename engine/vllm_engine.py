@@ -8,7 +8,7 @@ import asyncio
 import os
 import socket
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,18 +17,27 @@ import psutil
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.sampling_params import SamplingParams
 from vllm.usage.usage_lib import UsageContext
-from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest
+from vllm.v1.engine import (
+    EngineCoreEvent,
+    EngineCoreEventType,
+    EngineCoreOutput,
+    EngineCoreOutputs,
+    EngineCoreRequest,
+)
 from vllm.v1.engine.core_client import AsyncMPClient, EngineCoreClient
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor import Executor
 from vllm.v1.metrics.stats import PrefillStats, SchedulerStats
 
+from engine.load import Ledger, Pace
 from engine.protocol import (
+    BlockChanges,
     EngineGoneError,
     EngineInfo,
     EngineLoad,
     EngineRequest,
     EngineStep,
+    EngineTimes,
     FinishReason,
     InvalidEngineRequestError,
     KVHandoff,
@@ -37,9 +46,13 @@ from engine.protocol import (
     TokenDelta,
 )
 from engine.vllm_codec import LogprobsPayload, SamplingPayload, decode_sampling, encode_logprobs
+from engine.vllm_events import CacheEvents, events_config
 
 NIXL_MODULE = "engine.vllm_nixl"
 CPU_WORKER = "engine.vllm_cpu_worker.BatonCPUWorker"
+# vLLM's default on CPUs puts the model into a worker process, and both sides spin on shared memory for each other:
+# two cores for one engine (docs/adr/0009).
+CPU_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 PREFILL_SAMPLING = SamplingPayload(SamplingParams(max_tokens=1, temperature=0.0, detokenize=False))
 
 
@@ -73,8 +86,11 @@ def environment(config: VllmEngineConfig, side_channel_port: int) -> dict[str, s
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
     if config.device == "cpu" and config.cpu_cores:
-        env["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, config.cpu_cores))
         env["OMP_NUM_THREADS"] = str(len(config.cpu_cores))
+        if _runs_in_engine_core(config):
+            env["GOMP_CPU_AFFINITY"] = " ".join(map(str, config.cpu_cores))
+        else:
+            env["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, config.cpu_cores))
     if config.device == "cpu" and config.engine_args.get("enforce_eager"):
         # vLLM compiles a helper of logprobs all the same: the first request that asks for them waited 17 s for a C++
         # compiler, which the machine may not even have.
@@ -86,9 +102,18 @@ def environment(config: VllmEngineConfig, side_channel_port: int) -> dict[str, s
 
 def engine_arguments(config: VllmEngineConfig) -> AsyncEngineArgs:
     """vLLM's engine arguments for one engine. Raises ValueError for an argument vLLM does not know."""
-    arguments: dict[str, Any] = {"model": config.model, "disable_log_stats": False, "enable_prefix_caching": True}
+    arguments: dict[str, Any] = {
+        "model": config.model,
+        "disable_log_stats": False,
+        # Despite its name it only makes the scheduler say how many tokens of prompts each step computes.
+        "enable_logging_iteration_details": True,
+        "enable_prefix_caching": True,
+        "kv_events_config": events_config(),
+    }
     if config.device == "cpu":
         arguments["worker_cls"] = CPU_WORKER
+        if _runs_in_engine_core(config):
+            arguments["distributed_executor_backend"] = CPU_EXECUTOR
     if config.phase is not None:
         arguments["kv_transfer_config"] = {
             "kv_connector": "NixlConnector",
@@ -110,6 +135,12 @@ def engine_arguments(config: VllmEngineConfig) -> AsyncEngineArgs:
     return AsyncEngineArgs(**arguments)
 
 
+def _runs_in_engine_core(config: VllmEngineConfig) -> bool:
+    """Whether a CPU engine's model runs in its EngineCore process; several ranks need a process each."""
+    arguments = config.engine_args
+    return arguments.get("tensor_parallel_size", 1) * arguments.get("pipeline_parallel_size", 1) == 1
+
+
 class VllmEngine:
     """A vLLM engine in processes of its own. Make it with `start`."""
 
@@ -117,7 +148,11 @@ class VllmEngine:
         self._config = config
         self._client = client
         self._info = info
-        self._load = EngineLoad()
+        (source,) = client.get_kv_event_sources().values()
+        self._events = CacheEvents(source, info.block_size_tokens)
+        self._load = EngineLoad(num_kv_blocks_free=info.num_kv_blocks)
+        self._ledger = Ledger()
+        self._steps = _StepClock()
 
     @classmethod
     async def start(cls, config: VllmEngineConfig) -> "VllmEngine":
@@ -125,12 +160,14 @@ class VllmEngine:
 
         Raises ValueError for arguments that do not fit; RuntimeError when the processes fail to start.
         """
-        return await asyncio.to_thread(cls._start, config)
+        return cls(config, *await asyncio.to_thread(cls._start, config))
 
-    @classmethod
-    def _start(cls, config: VllmEngineConfig) -> "VllmEngine":
+    @staticmethod
+    def _start(config: VllmEngineConfig) -> tuple[AsyncMPClient, EngineInfo]:
         os.environ.update(environment(config, _free_port(config.host)))
         vllm_config = engine_arguments(config).create_engine_config(UsageContext.ENGINE_CONTEXT)
+        if vllm_config.kv_events_config is None or not vllm_config.kv_events_config.enable_kv_cache_events:
+            raise ValueError("Baton needs the engine's KV-cache events; take kv_events_config out of engine.extra_args")
         before = {process.pid for process in psutil.Process().children(recursive=True)}
         client = EngineCoreClient.make_async_mp_client(
             vllm_config=vllm_config, executor_class=Executor.get_class(vllm_config), log_stats=True
@@ -147,7 +184,7 @@ class VllmEngine:
             kv_block_bytes=_kv_block_bytes(model, parallel, cache),
             pids=pids,
         )
-        return cls(config, client, info)
+        return client, info
 
     @property
     def info(self) -> EngineInfo:
@@ -155,12 +192,19 @@ class VllmEngine:
 
     async def submit(self, request: EngineRequest) -> None:
         core_request = self._core_request(request)
+        self._ledger.began(request.request_id, len(request.prompt_token_ids))
+        self._steps.submitted(time.monotonic())
         try:
             await self._client.add_request_async(core_request)
-        except EngineDeadError as error:
-            raise EngineGoneError(self._gone()) from error
+        except BaseException as error:
+            self._ledger.ended(request.request_id)
+            if isinstance(error, EngineDeadError):
+                raise EngineGoneError(self._gone()) from error
+            raise
 
     async def abort(self, request_ids: Sequence[str]) -> None:
+        for request_id in request_ids:
+            self._ledger.ended(request_id)
         await self._client.abort_requests_async(list(request_ids))
 
     async def release(self, request_id: str, handoff: KVHandoff) -> None:
@@ -181,7 +225,11 @@ class VllmEngine:
                 raise EngineGoneError(self._gone()) from error
             yield self._step(outputs)
 
+    def block_changes(self) -> AsyncIterator[BlockChanges]:
+        return self._events.changes()
+
     async def shutdown(self) -> None:
+        self._events.close()
         await asyncio.to_thread(self._client.shutdown, 5.0)
 
     def _gone(self) -> str:
@@ -195,7 +243,8 @@ class VllmEngine:
             )
         if request.max_tokens < 1:
             raise InvalidEngineRequestError(f"max_tokens is {request.max_tokens}; at least 1 is needed")
-        payload = PREFILL_SAMPLING if request.phase is Phase.PREFILL else self._decode_sampling(request)
+        only_read = request.phase is Phase.PREFILL and not request.sampling
+        payload = PREFILL_SAMPLING if only_read else self._sampling(request)
         params = payload.params.clone()
         # Only Baton writes what the KV-transfer layer reads (invariant I5).
         transfer: dict[str, Any] | None = None
@@ -216,12 +265,14 @@ class VllmEngine:
         )
 
     @staticmethod
-    def _decode_sampling(request: EngineRequest) -> SamplingPayload:
+    def _sampling(request: EngineRequest) -> SamplingPayload:
         try:
             payload = decode_sampling(request.sampling)
         except (msgspec.ValidationError, msgspec.DecodeError) as error:
             raise InvalidEngineRequestError(f"sampling cannot be read: {error}") from error
-        payload.params.max_tokens = request.max_tokens
+        params = payload.params
+        params.max_tokens = request.max_tokens
+        params.min_tokens = min(max(params.min_tokens - request.num_written_tokens, 0), request.max_tokens)
         return payload
 
     @staticmethod
@@ -248,12 +299,27 @@ class VllmEngine:
         )
 
     def _step(self, outputs: EngineCoreOutputs) -> EngineStep:
-        deltas = [self._delta(output) for output in outputs.outputs]
+        deltas = [self._delta(output, outputs.timestamp) for output in outputs.outputs]
+        for delta in deltas:
+            self._ledger.wrote(delta.request_id, len(delta.token_ids))
+            if delta.finish_reason is not None:
+                self._ledger.ended(delta.request_id)
         computed = sum(delta.prefill.num_computed_tokens for delta in deltas if delta.prefill)
-        self._load = _next_load(self._load, outputs.scheduler_stats, computed, self._info.num_kv_blocks)
+        if (stats := outputs.scheduler_stats) is not None:
+            self._steps.stepped(outputs.timestamp, stats)
+            self._load = _after_step(self._load, stats, self._info.num_kv_blocks)
+        self._load = msgspec.structs.replace(
+            self._load,
+            num_queued_tokens=self._ledger.num_queued_tokens,
+            num_running_tokens=self._ledger.num_running_tokens,
+            step_duration_s=self._steps.pace.step_duration_s,
+            prefill_tokens_per_s=self._steps.pace.prefill_tokens_per_s,
+            kv_event_gaps_total=self._events.num_gaps,
+            prompt_tokens_computed_total=self._load.prompt_tokens_computed_total + computed,
+        )
         return EngineStep(deltas, self._load)
 
-    def _delta(self, output: EngineCoreOutput) -> TokenDelta:
+    def _delta(self, output: EngineCoreOutput, now_s: float) -> TokenDelta:
         finish = None if output.finish_reason is None else FinishReason(str(output.finish_reason))
         logprobs = None
         if output.new_logprobs is not None or output.new_prompt_logprobs_tensors is not None:
@@ -268,6 +334,7 @@ class VllmEngine:
             prefill=facts,
             handoff=self._handoff(output.kv_transfer_params),
             error="the engine failed this request" if finish is FinishReason.ERROR else None,
+            times=None if facts is None else _times(output.events or (), now_s),
         )
 
     def _handoff(self, params: dict[str, Any] | None) -> KVHandoff | None:
@@ -282,6 +349,15 @@ class VllmEngine:
         )
 
 
+def _times(events: Iterable[EngineCoreEvent], now_s: float) -> EngineTimes | None:
+    """`events` and `now_s` are of EngineCore's monotonic clock."""
+    first = {event.type: event.timestamp for event in reversed(list(events))}
+    queued_s, scheduled_s = first.get(EngineCoreEventType.QUEUED), first.get(EngineCoreEventType.SCHEDULED)
+    if queued_s is None or scheduled_s is None:
+        return None
+    return EngineTimes(scheduled_s - queued_s, now_s - scheduled_s)
+
+
 def _prefill_facts(stats: PrefillStats) -> PrefillFacts:
     """vLLM counts a fetched prompt's last token as fetched, though the engine computes it again for its logits."""
     again = int(stats.num_external_cached_tokens > 0 and stats.num_computed_tokens == 0)
@@ -293,24 +369,49 @@ def _prefill_facts(stats: PrefillStats) -> PrefillFacts:
     )
 
 
-def _next_load(load: EngineLoad, stats: SchedulerStats | None, computed_tokens: int, num_blocks: int) -> EngineLoad:
-    if stats is None:
-        return msgspec.structs.replace(
-            load, prompt_tokens_computed_total=load.prompt_tokens_computed_total + computed_tokens
-        )
+def _after_step(load: EngineLoad, stats: SchedulerStats, num_blocks: int) -> EngineLoad:
+    """The part of the load that vLLM's scheduler tells."""
     kv: dict[str, list[float]] = stats.kv_connector_stats or {}
     failures = len(kv.get("num_failed_transfers", ())) + len(kv.get("num_failed_handshakes", ()))
-    return EngineLoad(
+    # One block is vLLM's null block, never used; usage is a share of the others.
+    num_usable_blocks = max(num_blocks - 1, 0)
+    num_used_blocks = round(stats.kv_cache_usage * num_usable_blocks)
+    return msgspec.structs.replace(
+        load,
         num_running_requests=stats.num_running_reqs,
         num_waiting_requests=stats.num_waiting_reqs + stats.num_skipped_waiting_reqs,
-        # One block is vLLM's null block, never used; usage is a share of the others.
-        num_kv_blocks_used=round(stats.kv_cache_usage * max(num_blocks - 1, 0)),
+        num_kv_blocks_used=num_used_blocks,
+        num_kv_blocks_free=num_usable_blocks - num_used_blocks,
         kv_bytes_received_total=load.kv_bytes_received_total + int(sum(kv.get("bytes_transferred", ()))),
         kv_transfers_total=load.kv_transfers_total + len(kv.get("bytes_transferred", ())),
         kv_transfer_failures_total=load.kv_transfer_failures_total + failures,
         kv_leases_expired_total=load.kv_leases_expired_total + len(kv.get("num_kv_expired_reqs", ())),
-        prompt_tokens_computed_total=load.prompt_tokens_computed_total + computed_tokens,
     )
+
+
+class _StepClock:
+    """Measures an engine's steps from outside, on the monotonic clock that all processes of a machine share.
+
+    A step takes from the outputs before it to its own, or from the submission that woke an idle engine. vLLM's own
+    figure leaves out what its executor does before it returns, which may be all of it.
+    """
+
+    def __init__(self) -> None:
+        self.pace = Pace()
+        self._start_s: float | None = None
+
+    def submitted(self, now_s: float) -> None:
+        if self._start_s is None:
+            self._start_s = now_s
+
+    def stepped(self, end_s: float, stats: SchedulerStats) -> None:
+        details = stats.iteration_details
+        if details is not None and self._start_s is not None:
+            # A prompt whose blocks were fetched or cached computes one token: that is no reading of prompts.
+            reads_prompts = details.num_ctx_tokens > details.num_ctx_requests
+            self.pace.stepped(max(end_s - self._start_s, 0.0), details.num_ctx_tokens if reads_prompts else 0)
+        is_busy = stats.num_running_reqs or stats.num_waiting_reqs or stats.num_skipped_waiting_reqs
+        self._start_s = end_s if is_busy else None
 
 
 def _kv_block_bytes(model: Any, parallel: Any, cache: Any) -> int:

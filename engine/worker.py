@@ -2,16 +2,20 @@
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 
+from engine.blocks import BlockMirror
+from engine.load import Ledger
 from engine.protocol import (
     Engine,
     EngineGoneError,
     EngineLoad,
     EngineRequest,
+    InFlight,
     InvalidEngineRequestError,
     KVHandoff,
     Phase,
+    TokenDelta,
     WorkerReport,
 )
 from engine.reports import Outbox
@@ -22,7 +26,8 @@ REMEMBERED_ABORTS = 10_000
 class Worker:
     """One engine, any number of gateways. Each gateway attaches once and owns the requests it submits.
 
-    A request whose gateway is not attached is refused; when a gateway's stream ends, its requests are aborted.
+    A request whose gateway is not attached is refused; when a gateway's stream ends, its requests are aborted. Every
+    gateway is told of the engine's load and cached blocks, and of what all the others have in flight here.
     """
 
     phase: Phase
@@ -30,12 +35,17 @@ class Worker:
     def __init__(self, replica_id: str, engine: Engine):
         self.replica_id = replica_id
         self._engine = engine
-        self._load = EngineLoad()
+        self._load = EngineLoad(num_kv_blocks_free=engine.info.num_kv_blocks)
         self._outboxes: dict[str, Outbox] = {}
         self._owners: dict[str, str] = {}
+        self._in_flight: dict[str, Ledger] = {}
+        self._blocks = BlockMirror(engine.info.num_kv_blocks)
         self._aborted: OrderedDict[str, str] = OrderedDict()
         self._failure: EngineGoneError | None = None
-        self._pump = asyncio.create_task(self._run(), name=f"worker-pump-{replica_id}")
+        self._tasks = [
+            asyncio.create_task(self._run(self._follow_steps), name=f"worker-steps-{replica_id}"),
+            asyncio.create_task(self._run(self._follow_blocks), name=f"worker-blocks-{replica_id}"),
+        ]
 
     @property
     def failure(self) -> EngineGoneError | None:
@@ -47,8 +57,10 @@ class Worker:
         if self._failure:
             raise self._failure
         await self._let_go(gateway_id)
-        outbox = Outbox(self.replica_id, self.phase, self._engine.info, self._load)
+        outbox = Outbox(self.replica_id, self.phase, self._engine.info, self._load, self._blocks)
         self._outboxes[gateway_id] = outbox
+        self._in_flight[gateway_id] = Ledger()
+        self._tell()
         try:
             async for report in outbox.reports():
                 yield report
@@ -68,19 +80,24 @@ class Worker:
             raise InvalidEngineRequestError(f"request {request.request_id} is already on {self.replica_id}")
         self._check(request)
         self._owners[request.request_id] = gateway_id
+        self._in_flight[gateway_id].began(request.request_id, len(request.prompt_token_ids))
+        self._tell()
         try:
             await self._engine.submit(request)
         except BaseException as error:
             if isinstance(error, InvalidEngineRequestError):
                 self._refused(request)
-            self._owners.pop(request.request_id, None)
+            self._ended(request.request_id)
+            self._tell()
             raise
 
     async def abort(self, gateway_id: str, request_ids: Sequence[str]) -> None:
         """Stops the gateway's own requests among `request_ids`; others are ignored."""
         own = [request_id for request_id in request_ids if self._owners.get(request_id) == gateway_id]
         for request_id in own:
-            self._aborted[request_id] = self._owners.pop(request_id)
+            self._aborted[request_id] = gateway_id
+            self._ended(request_id)
+        self._tell()
         while len(self._aborted) > REMEMBERED_ABORTS:
             self._aborted.popitem(last=False)
         if own:
@@ -91,8 +108,9 @@ class Worker:
         await self._engine.release(request_id, handoff)
 
     async def shutdown(self) -> None:
-        self._pump.cancel()
-        await asyncio.gather(self._pump, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._engine.shutdown()
 
     def _check(self, request: EngineRequest) -> None:
@@ -105,26 +123,53 @@ class Worker:
     async def _let_go(self, gateway_id: str) -> None:
         if outbox := self._outboxes.pop(gateway_id, None):
             outbox.close()
-        await self.abort(gateway_id, [rid for rid, owner in self._owners.items() if owner == gateway_id])
+        own = [request_id for request_id, owner in self._owners.items() if owner == gateway_id]
+        await self.abort(gateway_id, own)
+        if gateway_id not in self._outboxes:
+            self._in_flight.pop(gateway_id, None)
 
-    async def _run(self) -> None:
+    def _ended(self, request_id: str) -> None:
+        if owner := self._owners.pop(request_id, None):
+            self._in_flight[owner].ended(request_id)
+
+    def _tell(self, deltas: Mapping[str, list[TokenDelta]] | None = None) -> None:
+        """Puts the state of this worker, and each gateway's own deltas, into the outboxes."""
+        all_in_flight = [ledger.in_flight for ledger in self._in_flight.values()]
+        num_requests = sum(in_flight.num_requests for in_flight in all_in_flight)
+        num_tokens = sum(in_flight.num_tokens for in_flight in all_in_flight)
+        for gateway_id, outbox in self._outboxes.items():
+            own = self._in_flight[gateway_id].in_flight
+            others = InFlight(num_requests - own.num_requests, num_tokens - own.num_tokens)
+            outbox.put(deltas[gateway_id] if deltas else (), self._load, others)
+
+    async def _follow_steps(self) -> None:
+        async for step in self._engine.steps():
+            self._load = step.load
+            deltas: dict[str, list[TokenDelta]] = {gateway_id: [] for gateway_id in self._outboxes}
+            for delta in step.deltas:
+                owner = self._owners.get(delta.request_id)
+                if owner is not None:
+                    self._in_flight[owner].wrote(delta.request_id, len(delta.token_ids))
+                elif delta.handoff is not None:
+                    # Prefill finished while the abort was under way: only a gateway can have the blocks released,
+                    # its own or, if that one is gone, any.
+                    owner = self._aborted.pop(delta.request_id, None)
+                    owner = owner if owner in deltas else next(iter(deltas), None)
+                if delta.finish_reason is not None:
+                    self._ended(delta.request_id)
+                if owner in deltas:
+                    deltas[owner].append(delta)
+            self._tell(deltas)
+
+    async def _follow_blocks(self) -> None:
+        async for changes in self._engine.block_changes():
+            if news := self._blocks.apply(changes):
+                for outbox in self._outboxes.values():
+                    outbox.put_blocks(news)
+
+    async def _run(self, follow: Callable[[], Awaitable[None]]) -> None:
         try:
-            async for step in self._engine.steps():
-                self._load = step.load
-                deltas: dict[str, list] = {gateway_id: [] for gateway_id in self._outboxes}
-                for delta in step.deltas:
-                    owner = self._owners.get(delta.request_id)
-                    if owner is None and delta.handoff is not None:
-                        # Prefill finished while the abort was under way: only a gateway can have the blocks released,
-                        # its own or, if that one is gone, any.
-                        owner = self._aborted.pop(delta.request_id, None)
-                        owner = owner if owner in deltas else next(iter(deltas), None)
-                    if delta.finish_reason is not None:
-                        self._owners.pop(delta.request_id, None)
-                    if owner in deltas:
-                        deltas[owner].append(delta)
-                for gateway_id, outbox in self._outboxes.items():
-                    outbox.put(deltas[gateway_id], step.load)
+            await follow()
         except EngineGoneError as error:
             self._end(error)
         except Exception as error:

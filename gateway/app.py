@@ -12,6 +12,7 @@ from ray.serve.handle import DeploymentHandle
 from decode.deployment import DecodeReplica
 from engine.deployment import EngineSpec
 from engine.protocol import Phase
+from gateway import metrics
 from gateway.orchestrator import Orchestrator, OrchestratorConfig
 from gateway.routing.policies import least_tokens
 from gateway.routing.receipts import ReceiptStore
@@ -76,6 +77,7 @@ class Gateway:
                 max_in_flight_requests=config.gateway.max_in_flight_requests,
                 warm_up_sampling=warm_up_sampling(),
             ),
+            closed=metrics.count,
         )
         # The application is made while the engines load.
         (self._app, self._client), _ = await asyncio.gather(

@@ -104,6 +104,9 @@ def describe_receipt(receipt: dict[str, Any]) -> str:
         _moved(outcome),
     ]
     lines.append("  " + ", ".join(fact for fact in facts if fact))
+    times = {name: value for name, value in (outcome.get("times_ms") or {}).items() if value is not None}
+    if times:
+        lines.append("  ms: " + ", ".join(f"{name.replace('_', ' ')} {value:.1f}" for name, value in times.items()))
     if outcome.get("faults"):
         lines.append(f"  faults: {', '.join(str(fault) for fault in outcome['faults'])}")
     return "\n".join(lines)

@@ -2,13 +2,19 @@
 
 from dataclasses import dataclass, field
 
-from engine.protocol import EngineInfo, EngineLoad, Phase, WorkerReport
+from engine.blocks import BlockMirror
+from engine.protocol import EngineInfo, EngineLoad, InFlight, Phase, WorkerReport
 from gateway.routing.types import ClusterSnapshot, ReplicaView
 
 
 @dataclass
 class Replica:
-    """One member of a pool. `ready`: its stream is attached and every hand-off pair it is part of is warm."""
+    """One member of a pool. `ready`: its stream is attached and every hand-off pair it is part of is warm.
+
+    `in_flight` is what this gateway has sent there: tokens by request id, their sum in `in_flight_tokens`; it is exact
+    and counts before the replica knows of it. `others_in_flight` is what the other gateways have there, as reported.
+    `blocks` are the engine's cached blocks, as reported.
+    """
 
     replica_id: str
     phase: Phase
@@ -17,14 +23,29 @@ class Replica:
     ready: bool = False
     in_flight: dict[str, int] = field(default_factory=dict)
     in_flight_tokens: int = 0
+    others_in_flight: InFlight = field(default_factory=InFlight)
+    blocks: BlockMirror = field(default_factory=lambda: BlockMirror(0))
 
     @property
     def attached(self) -> bool:
         return self.info is not None
 
+    @property
+    def all_in_flight(self) -> InFlight:
+        """What all gateways have in flight here."""
+        return InFlight(
+            len(self.in_flight) + self.others_in_flight.num_requests,
+            self.in_flight_tokens + self.others_in_flight.num_tokens,
+        )
+
+    def detach(self) -> None:
+        """Forgets what was reported: nobody knows what has become of it since. The next stream tells it anew."""
+        self.ready, self.info = False, None
+        self.others_in_flight, self.blocks = InFlight(), BlockMirror(0)
+
 
 class Cluster:
-    """The replicas of both pools, as reported, with what this gateway has in flight on each."""
+    """The replicas of both pools, as reported, with what is in flight on each."""
 
     def __init__(self) -> None:
         self._replicas: dict[str, Replica] = {}
@@ -51,8 +72,12 @@ class Cluster:
         if replica is None:
             return
         replica.load = report.load
+        replica.others_in_flight = report.others_in_flight
         if report.info is not None:
             replica.info = report.info
+            replica.blocks = BlockMirror(report.info.num_kv_blocks)
+        if report.blocks is not None:
+            replica.blocks.apply(report.blocks)
 
     def sent(self, replica_id: str, request_id: str, tokens: int) -> None:
         """Counts a request's tokens as in flight on a replica until `ended`."""
@@ -81,10 +106,11 @@ class Cluster:
 
 
 def _view(replica: Replica) -> ReplicaView:
+    in_flight = replica.all_in_flight
     return ReplicaView(
         replica_id=replica.replica_id,
-        in_flight_requests=len(replica.in_flight),
-        in_flight_tokens=replica.in_flight_tokens,
+        in_flight_requests=in_flight.num_requests,
+        in_flight_tokens=in_flight.num_tokens,
         num_kv_blocks=replica.info.num_kv_blocks if replica.info else 0,
         num_kv_blocks_used=replica.load.num_kv_blocks_used,
     )

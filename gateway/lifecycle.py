@@ -7,6 +7,7 @@
 | NEW        | Start, placed without prefill      | DECODING   | SubmitDecode(no hand-off)                   |
 | WAITING    | LeaderStarted                      | DECODING   | SubmitDecode(no hand-off)                   |
 | PREFILLING | PrefillFinished                    | DECODING   | SubmitDecode(its hand-off; none is a fault) |
+| PREFILLING | PrefillFinished, answer complete   | DONE       | Release(its hand-off, if any)               |
 | PREFILLING | SubmitFailed, ReplicaLost(prefill) | DECODING   | SubmitDecode(no hand-off), fault            |
 | PREFILLING | Deadline                           | DECODING   | Abort(prefill), SubmitDecode(none), fault   |
 | any open   | SubmitFailed, ReplicaLost(decode)  | DONE       | Abort(prefill) if prefilling, Fail, fault   |
@@ -64,8 +65,11 @@ class LeaderStarted:
 
 @dataclass(frozen=True, slots=True)
 class PrefillFinished:
+    """`answered`: the first token, which prefill has written, was also the last."""
+
     handoff: KVHandoff | None
     error: str | None = None
+    answered: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +181,8 @@ def _while_waiting(state: SequenceState, event: Event) -> tuple[SequenceState, t
 def _while_prefilling(state: SequenceState, event: Event) -> tuple[SequenceState, tuple[Action, ...]]:
     assert state.prefill is not None
     match event:
+        case PrefillFinished(handoff, answered=True):
+            return replace(state, stage=Stage.DONE), (Release(handoff),) if handoff is not None else ()
         case PrefillFinished(handoff, error):
             if handoff is None:
                 state = _with_fault(state, f"prefill on {state.prefill} gave no hand-off: {error or 'no reason given'}")

@@ -14,6 +14,7 @@ import msgspec
 
 from engine.protocol import (
     EngineRequest,
+    EngineTimes,
     FinishReason,
     InvalidEngineRequestError,
     KVHandoff,
@@ -26,7 +27,7 @@ from gateway import lifecycle
 from gateway.cluster import Cluster, Replica
 from gateway.lifecycle import SequenceState, Stage
 from gateway.routing.policies import Policy, place
-from gateway.routing.receipts import Outcome, Receipt, ReceiptStore
+from gateway.routing.receipts import Outcome, Receipt, ReceiptStore, Times
 from gateway.routing.types import Placement, Rejection, RequestView
 from gateway.transport import Members, ReplicaGoneError, WorkerTransport
 
@@ -47,7 +48,11 @@ class PlacementRejected(Exception):
 
 @dataclass(frozen=True)
 class SequenceRequest:
-    """One choice of one prompt, as the front end asks for it."""
+    """One choice of one prompt, as the front end asks for it.
+
+    `resumable`: an engine that is given the prompt and the tokens written so far goes on exactly as the engine that
+    wrote them would have. Then prefill writes the first token (docs/adr/0010).
+    """
 
     request_id: str
     prompt_token_ids: list[int]
@@ -56,6 +61,7 @@ class SequenceRequest:
     cache_salt: str | None = None
     priority: int = 0
     needs_whole_prompt: bool = False
+    resumable: bool = False
 
 
 @dataclass
@@ -64,6 +70,8 @@ class Group:
 
     receipt_id: str
     num_choices: int
+    received_s: float
+    decide_s: float = 0.0
     placement: Placement | None = None
     receipt: Receipt | None = None
     leader_started: bool = False
@@ -79,10 +87,13 @@ class Sequence:
     state: SequenceState
     arrived_s: float
     first_token_s: float | None = None
+    written: list[int] = field(default_factory=list)
     output_tokens: int = 0
     finish_reason: FinishReason | None = None
     prefill_facts: PrefillFacts | None = None
     decode_facts: PrefillFacts | None = None
+    prefill_times: EngineTimes | None = None
+    decode_times: EngineTimes | None = None
     blocks_moved: int = 0
     handoff_blocks: int = 0
     submitting_to: set[str] = field(default_factory=set)
@@ -107,6 +118,8 @@ class Orchestrator:
         receipts: ReceiptStore,
         config: OrchestratorConfig,
         *,
+        closed: Callable[[Receipt], None] = lambda receipt: None,
+        clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
         new_seed: Callable[[], int] = lambda: secrets.randbits(32),
     ):
@@ -115,6 +128,8 @@ class Orchestrator:
         self._transport = transport
         self._policy = policy
         self._config = config
+        self._closed_receipt = closed
+        self._clock = clock
         self._wall_clock = wall_clock
         self._new_seed = new_seed
         self._sequences: dict[str, Sequence] = {}
@@ -156,11 +171,13 @@ class Orchestrator:
 
     # -- requests
 
-    def new_group(self, receipt_id: str, num_choices: int) -> Group:
-        return Group(receipt_id, num_choices)
+    def new_group(self, receipt_id: str, num_choices: int, received_s: float | None = None) -> Group:
+        """`received_s` is when the prompt's HTTP request arrived, on the orchestrator's clock."""
+        return Group(receipt_id, num_choices, self._clock() if received_s is None else received_s)
 
     def add(self, request: SequenceRequest, group: Group) -> None:
         """Places a sequence and sets it going. Raises PlacementRejected; then nothing has been reserved."""
+        arrived_s = self._clock()
         limit = self._config.max_in_flight_requests
         # All choices of a prompt are taken, or none.
         if not group.sequences and len(self._sequences) + group.num_choices > limit:
@@ -171,7 +188,7 @@ class Orchestrator:
         state = SequenceState(
             request.request_id, group.placement.prefill, group.placement.decode, leads=not group.sequences
         )
-        sequence = Sequence(request, group, state, asyncio.get_running_loop().time())
+        sequence = Sequence(request, group, state, arrived_s)
         group.sequences.append(sequence)
         self._sequences[request.request_id] = sequence
         self.cluster.sent(state.decode, request.request_id, len(request.prompt_token_ids))
@@ -203,7 +220,9 @@ class Orchestrator:
             needs_whole_prompt=request.needs_whole_prompt,
         )
         snapshot, seed = self.cluster.snapshot(), self._new_seed()
+        began_s = self._clock()
         placement = place(self._policy, view, snapshot, seed)
+        group.decide_s = self._clock() - began_s
         if isinstance(placement, Rejection):
             raise PlacementRejected(placement)
         group.placement = placement
@@ -240,12 +259,12 @@ class Orchestrator:
                 sequence.deadline = asyncio.get_running_loop().call_later(
                     self._config.handoff_timeout_s, self._advance, sequence, lifecycle.Deadline()
                 )
-                self._spawn(self._submit(sequence, replica_id, self._engine_request(request, Phase.PREFILL, None)))
+                self._spawn(self._submit(sequence, replica_id, self._engine_request(sequence, Phase.PREFILL, None)))
             case lifecycle.SubmitDecode(replica_id, handoff):
                 if sequence.state.prefill is not None:
                     self.cluster.ended(sequence.state.prefill, request.request_id)
                 sequence.handoff_blocks = handoff.num_blocks if handoff else 0
-                self._spawn(self._submit(sequence, replica_id, self._engine_request(request, Phase.DECODE, handoff)))
+                self._spawn(self._submit(sequence, replica_id, self._engine_request(sequence, Phase.DECODE, handoff)))
             case lifecycle.AbortOn(replica_id):
                 self.cluster.ended(replica_id, request.request_id)
                 if replica_id in sequence.submitting_to:
@@ -269,7 +288,9 @@ class Orchestrator:
             self._start_others(group)
         if all(s.state.stage is Stage.DONE for s in group.sequences):
             assert group.receipt is not None
-            self.receipts.put(dataclasses.replace(group.receipt, outcome=self._outcome(group)))
+            receipt = dataclasses.replace(group.receipt, outcome=self._outcome(group))
+            self.receipts.put(receipt)
+            self._closed_receipt(receipt)
         self._let_go_of_leavers()
 
     def _start_others(self, group: Group) -> None:
@@ -289,37 +310,61 @@ class Orchestrator:
                 continue
             sequence = self._sequences.get(delta.request_id)
             if report.phase is Phase.PREFILL:
-                self._on_prefill_delta(report.replica_id, sequence, delta)
+                batch += self._on_prefill_delta(report.replica_id, sequence, delta)
             elif sequence is not None and sequence.state.stage is Stage.DECODING:
                 batch.append(self._on_decode_delta(sequence, delta))
         if batch:
             self._batches.put_nowait(batch)
 
-    def _on_prefill_delta(self, replica_id: str, sequence: Sequence | None, delta: TokenDelta) -> None:
+    def _on_prefill_delta(self, replica_id: str, sequence: Sequence | None, delta: TokenDelta) -> list[TokenDelta]:
+        """What the client gets of it: the first token, if prefill writes it."""
         if delta.finish_reason is None:
-            return
+            return []
         if sequence is None:
             # The request ended while its prefill was finishing: give the blocks back now, not when the lease ends.
             if delta.handoff is not None:
                 self._spawn(self._release(delta.handoff))
-            return
+            return []
         self.cluster.ended(replica_id, delta.request_id)
-        sequence.prefill_facts = delta.prefill
-        self._advance(sequence, lifecycle.PrefillFinished(delta.handoff, delta.error))
+        sequence.prefill_facts, sequence.prefill_times = delta.prefill, delta.times
+        first: TokenDelta | None = None
+        if sequence.request.resumable and sequence.state.stage is Stage.PREFILLING and delta.error is None:
+            first = self._first_token(sequence, delta)
+        answered = first is not None and first.finish_reason is not None
+        self._advance(sequence, lifecycle.PrefillFinished(delta.handoff, delta.error, answered))
+        return [] if first is None else [first]
+
+    def _first_token(self, sequence: Sequence, delta: TokenDelta) -> TokenDelta | None:
+        """The first token as prefill has written it. LENGTH means prefill's one token, not yet the client's limit."""
+        if len(delta.token_ids) != 1:
+            return None
+        finish = delta.finish_reason
+        if finish is FinishReason.LENGTH and sequence.request.max_tokens > 1:
+            finish = None
+        sequence.written = list(delta.token_ids)
+        sequence.output_tokens = 1
+        sequence.finish_reason = finish
+        sequence.first_token_s = self._clock()
+        self.cluster.produced(sequence.state.decode, delta.request_id, 1)
+        return msgspec.structs.replace(
+            delta, finish_reason=finish, handoff=None, prefill=self._facts_for_client(sequence)
+        )
 
     def _on_decode_delta(self, sequence: Sequence, delta: TokenDelta) -> TokenDelta:
         sequence.output_tokens += len(delta.token_ids)
         self.cluster.produced(sequence.state.decode, delta.request_id, len(delta.token_ids))
         if delta.prefill is not None and sequence.decode_facts is None:
-            sequence.decode_facts = delta.prefill
+            sequence.decode_facts, sequence.decode_times = delta.prefill, delta.times
             sequence.blocks_moved = self._blocks_moved(sequence, delta.prefill)
             # An engine computes the last prompt token in any case; more than that means that the pull failed.
             if sequence.handoff_blocks and delta.prefill.num_computed_tokens > 1:
                 self._advance(sequence, lifecycle.PullFailed())
             self._let_go_of_leavers()
-            delta = msgspec.structs.replace(delta, prefill=self._facts_for_client(sequence))
+            # The front end takes the facts of the first token's delta.
+            facts = None if sequence.written else self._facts_for_client(sequence)
+            delta = msgspec.structs.replace(delta, prefill=facts)
         if sequence.first_token_s is None and delta.token_ids:
-            sequence.first_token_s = asyncio.get_running_loop().time()
+            sequence.first_token_s = self._clock()
             if sequence.state.leads:
                 self._start_others(sequence.group)
         if delta.finish_reason is not None:
@@ -337,14 +382,14 @@ class Orchestrator:
     def _facts_for_client(sequence: Sequence) -> PrefillFacts:
         """What the placement really reused: tokens that no engine computed for this prompt."""
         leader = sequence.group.sequences[0]
-        facts = leader.prefill_facts if leader.prefill_facts and leader.handoff_blocks else leader.decode_facts
-        facts = facts or sequence.decode_facts
+        by_prefill = leader.prefill_facts and (leader.handoff_blocks or leader.written)
+        facts = (leader.prefill_facts if by_prefill else leader.decode_facts) or sequence.decode_facts
         assert facts is not None
         cached = facts.num_local_cached_tokens
         return PrefillFacts(facts.num_prompt_tokens, facts.num_prompt_tokens - cached, cached, 0)
 
     def _outcome(self, group: Group) -> Outcome:
-        leader, now_s = group.sequences[0], asyncio.get_running_loop().time()
+        leader, now_s = group.sequences[0], self._clock()
         reasons = [s.finish_reason for s in group.sequences]
         status = "finished"
         if FinishReason.ERROR in reasons:
@@ -359,8 +404,8 @@ class Orchestrator:
         return Outcome(
             status=status,
             finish_reason=str(reasons[0]) if reasons[0] else None,
-            ttft_ms=round((first_s - leader.arrived_s) * 1000, 3) if first_s is not None else None,
-            duration_ms=round((now_s - leader.arrived_s) * 1000, 3),
+            ttft_ms=_ms(first_s - group.received_s) if first_s is not None else None,
+            duration_ms=_ms(now_s - group.received_s),
             prompt_tokens=len(leader.request.prompt_token_ids),
             output_tokens=sum(s.output_tokens for s in group.sequences),
             reused_tokens=self._facts_for_client(leader).num_local_cached_tokens if prefill or decode else 0,
@@ -369,21 +414,24 @@ class Orchestrator:
             kv_blocks_moved=blocks_moved,
             kv_bytes_moved=blocks_moved * block_bytes,
             faults=tuple(fault for s in group.sequences for fault in s.state.faults),
+            times_ms=_times(leader, now_s),
         )
 
     # -- calls to workers
 
     @staticmethod
-    def _engine_request(request: SequenceRequest, phase: Phase, handoff: KVHandoff | None) -> EngineRequest:
+    def _engine_request(sequence: Sequence, phase: Phase, handoff: KVHandoff | None) -> EngineRequest:
+        request, written = sequence.request, sequence.written
         return EngineRequest(
             request_id=request.request_id,
             phase=phase,
-            prompt_token_ids=request.prompt_token_ids,
-            max_tokens=request.max_tokens if phase is Phase.DECODE else 1,
-            sampling=request.sampling if phase is Phase.DECODE else b"",
+            prompt_token_ids=request.prompt_token_ids + written,
+            max_tokens=request.max_tokens - len(written) if phase is Phase.DECODE else 1,
+            sampling=request.sampling if phase is Phase.DECODE or request.resumable else b"",
             handoff=handoff,
             cache_salt=request.cache_salt,
             priority=request.priority,
+            num_written_tokens=len(written),
         )
 
     async def _submit(self, sequence: Sequence, replica_id: str, request: EngineRequest) -> None:
@@ -509,7 +557,7 @@ class Orchestrator:
             failures += 1
 
     def _on_replica_lost(self, replica: Replica) -> None:
-        replica.ready, replica.info = False, None
+        replica.detach()
         for key, (replica_id, probe) in self._probes.items():
             if replica_id == replica.replica_id:
                 _answer(probe, TokenDelta(key, [], FinishReason.ERROR, error=f"{replica_id} was lost"))
@@ -575,6 +623,32 @@ class Orchestrator:
         if delta.finish_reason is FinishReason.ERROR:
             raise ReplicaGoneError(f"{replica.replica_id} failed a warm-up: {delta.error}")
         return delta
+
+
+def _times(leader: Sequence, now_s: float) -> Times:
+    """The leader's times. An engine that never answered leaves its stages open, and with them the transit."""
+    group, first_s = leader.group, leader.first_token_s
+    front_end_s = leader.arrived_s - group.received_s
+    prefill, decode = leader.prefill_times, leader.decode_times
+    on_the_way = [prefill] if leader.written else [prefill, decode]
+    engines_s = sum(times.waited_s + times.computed_s for times in on_the_way if times)
+    gateway_s = None if first_s is None else max(first_s - group.received_s - engines_s, 0.0)
+    transit_s = None if gateway_s is None else max(gateway_s - front_end_s - group.decide_s, 0.0)
+    return Times(
+        front_end=_ms(front_end_s),
+        decide=_ms(group.decide_s),
+        prefill_wait=_ms(prefill.waited_s) if prefill else None,
+        prefill_compute=_ms(prefill.computed_s) if prefill else None,
+        decode_wait=_ms(decode.waited_s) if decode else None,
+        decode_compute=_ms(decode.computed_s) if decode else None,
+        transit=_ms(transit_s) if transit_s is not None else None,
+        decode=_ms(now_s - first_s) if first_s is not None else None,
+        gateway=_ms(gateway_s) if gateway_s is not None else None,
+    )
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1000, 3)
 
 
 def _answer(probe: asyncio.Future[TokenDelta], delta: TokenDelta) -> None:

@@ -18,10 +18,12 @@ class Failure:
 
 @dataclass
 class RequestContext:
-    """One HTTP request. `num_groups` counts the prompts it has placed, each with a receipt of its own; `answering`
-    says that an engine has begun to answer, `failure` that the request failed before."""
+    """One HTTP request. `received_s` is monotonic time. `num_groups` counts the prompts it has placed, each with a
+    receipt of its own; `answering` says that an engine has begun to answer, `failure` that the request failed before.
+    """
 
     request_id: str
+    received_s: float
     rejection: Rejection | None = None
     failure: Failure | None = None
     answering: bool = False

@@ -27,7 +27,7 @@ from vllm.v1.executor import Executor
 from vllm.v1.metrics.stats import PrefillStats
 
 from engine.protocol import FinishReason, TokenDelta
-from engine.vllm_codec import SamplingPayload, decode_logprobs, encode_sampling
+from engine.vllm_codec import SamplingPayload, decode_logprobs, encode_sampling, is_resumable
 from gateway.api import context
 from gateway.orchestrator import Group, Orchestrator, PlacementRejected, SequenceRequest
 
@@ -59,7 +59,8 @@ class ClusterCoreClient(EngineCoreClient):
         """Requests added in this context are the choices of one prompt."""
         http = context.current.get()
         receipt_id = http.next_receipt_id() if http else uuid.uuid4().hex
-        token = _group.set(self._orchestrator.new_group(receipt_id, num_choices))
+        received_s = http.received_s if http else None
+        token = _group.set(self._orchestrator.new_group(receipt_id, num_choices, received_s))
         try:
             yield
         finally:
@@ -92,6 +93,7 @@ class ClusterCoreClient(EngineCoreClient):
             max_tokens=params.max_tokens,
             sampling=sampling,
             needs_whole_prompt=params.prompt_logprobs is not None,
+            resumable=group.num_choices == 1 and is_resumable(params),
         )
         http = context.current.get()
         try:

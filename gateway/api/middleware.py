@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import time
 import uuid
 
 import msgspec
@@ -152,7 +153,7 @@ class ResponseStart:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request = context.RequestContext(uuid.uuid4().hex)
+        request = context.RequestContext(uuid.uuid4().hex, time.monotonic())
         token = context.current.set(request)
         held: list[Message] = []
         started = streaming = False

@@ -9,8 +9,31 @@ from gateway.routing.types import ClusterSnapshot, Placement, RequestView
 
 
 @dataclass(frozen=True, slots=True)
+class Times:
+    """Where a request's time went, in milliseconds; None for what it did not pass through or has not reached.
+
+    Up to the first token: `front_end` from the HTTP request's arrival to a prompt of tokens (template, tokenizer, and
+    waiting for the event loop), `decide` the placement, `prefill_wait` and `prefill_compute` in the prefill engine,
+    `decode_wait` and `decode_compute` in the decode engine (`decode_wait` includes the fetch of the hand-off), and
+    `transit` everything else: calls and reports between gateway and workers. `decode` is from the first token to the
+    last. `gateway` is the gateway's own share of the time to the first token: front_end, decide and transit.
+    When prefill has written the first token, what decode does before its own first is not part of that time.
+    """
+
+    front_end: float | None = None
+    decide: float | None = None
+    prefill_wait: float | None = None
+    prefill_compute: float | None = None
+    decode_wait: float | None = None
+    decode_compute: float | None = None
+    transit: float | None = None
+    decode: float | None = None
+    gateway: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of a placement. Times are from the request's arrival at the orchestrator.
+    """What came of a placement. Times are from the request's arrival at the gateway.
 
     `reused_tokens` were in a prefix cache and computed by nobody; `kv_blocks_moved` travelled from prefill to decode.
     """
@@ -27,6 +50,7 @@ class Outcome:
     kv_blocks_moved: int = 0
     kv_bytes_moved: int = 0
     faults: tuple[str, ...] = ()
+    times_ms: Times = Times()
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,11 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class ReplicaView:
-    """One engine as the router sees it at the moment of a decision."""
+    """One engine as the router sees it at the moment of a decision.
+
+    What is in flight is of all gateways: this one's own, counted when sent, and the others', as the engine's worker
+    reports them (up to `engine.reports.LOAD_INTERVAL_S` old).
+    """
 
     replica_id: str
     in_flight_requests: int

@@ -1,9 +1,11 @@
 """Every internal of vLLM that Baton touches, by name: when an upgrade breaks one, the failing test says which."""
 
+import asyncio
 import inspect
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -177,7 +179,59 @@ class TestWire:
             "num_skipped_waiting_reqs",
             "kv_cache_usage",
             "kv_connector_stats",
+            "iteration_details",
         } <= set(SchedulerStats.__dataclass_fields__)
+
+    def test_iteration_details_have_what_we_read(self):
+        from vllm.v1.metrics.stats import SchedulerIterationDetails
+
+        fields = set(SchedulerIterationDetails.__dataclass_fields__)
+        assert {"num_ctx_requests", "num_ctx_tokens"} <= fields
+
+    def test_outputs_carry_the_time_of_the_machines_monotonic_clock(self):
+        import time
+
+        from vllm.v1.engine import EngineCoreOutputs
+
+        begin_s = time.monotonic()
+        assert begin_s <= EngineCoreOutputs().timestamp <= time.monotonic()
+
+
+class TestStepClock:
+    """engine/vllm_engine.py measures steps by what the scheduler says of each."""
+
+    @staticmethod
+    def stats(running=0, waiting=0, ctx_requests=0, ctx_tokens=0, computed=True):
+        from vllm.v1.metrics.stats import SchedulerIterationDetails, SchedulerStats
+
+        details = SchedulerIterationDetails(0, ctx_requests, ctx_tokens, 0, 0, 0.0) if computed else None
+        return SchedulerStats(num_running_reqs=running, num_waiting_reqs=waiting, iteration_details=details)
+
+    def test_a_step_begins_with_the_submission_that_woke_the_engine_or_with_the_outputs_before(self):
+        from engine.vllm_engine import _StepClock
+
+        clock = _StepClock()
+        clock.submitted(10.0)
+        clock.submitted(10.1)
+        clock.stepped(10.5, self.stats(running=1, ctx_requests=1, ctx_tokens=100))
+        assert clock.pace.step_duration_s == pytest.approx(0.5)
+        clock.stepped(10.7, self.stats())
+        assert clock.pace.step_duration_s == pytest.approx(0.2)
+        clock.submitted(20.0)
+        clock.stepped(20.3, self.stats())
+        assert clock.pace.step_duration_s == pytest.approx(0.3)
+        assert clock.pace.prefill_tokens_per_s == pytest.approx(100 / 0.5)
+
+    def test_waiting_for_a_handoff_is_no_step_and_its_last_token_no_prefill(self):
+        from engine.vllm_engine import _StepClock
+
+        clock = _StepClock()
+        clock.submitted(10.0)
+        clock.stepped(12.0, self.stats(waiting=1, computed=False))
+        assert clock.pace.step_duration_s == 0.0
+        clock.stepped(12.1, self.stats(running=2, ctx_requests=2, ctx_tokens=2))
+        assert clock.pace.step_duration_s == pytest.approx(0.1)
+        assert clock.pace.prefill_tokens_per_s == 0.0
 
 
 class TestCpuWorker:
@@ -262,6 +316,202 @@ class TestConnector:
         assert {"bytes_transferred", "num_failed_transfers", "num_failed_handshakes", "num_kv_expired_reqs"} <= names
 
 
+class Publisher:
+    """vLLM's own publisher, on sockets as Baton configures them, with a subscriber of ours. Some batches get lost."""
+
+    def __init__(self, buffer_steps=100):
+        from vllm.distributed.kv_events import EventPublisherFactory
+
+        from engine.blocks import BlockMirror
+        from engine.vllm_events import CacheEvents, events_config
+
+        config = events_config()
+        config.buffer_steps = buffer_steps
+        self.publisher = EventPublisherFactory.create(config)
+        self.reader = CacheEvents(self.publisher.get_publisher_config(), 4)
+        self.mirror = BlockMirror(1000)
+        self.expected = []
+        self.number = 0
+        self.task = asyncio.create_task(self.read())
+        self.lost = set()
+        self.publisher._pub, self.socket = self, self.publisher._pub
+
+    def send_multipart(self, frames):
+        """Stands in for the publisher's socket: what is lost is lost between the two processes."""
+        if int.from_bytes(frames[1], "big") not in self.lost:
+            self.socket.send_multipart(frames)
+
+    def close(self, linger=None):
+        self.socket.close(linger)
+
+    async def read(self):
+        async for changes in self.reader.changes():
+            self.mirror.apply(changes)
+
+    def publish(self, *events):
+        from vllm.distributed.kv_events import KVEventBatch
+
+        self.publisher.publish(KVEventBatch(ts=0.0, events=list(events)))
+
+    def stored(self, salt=None, number=None):
+        """A batch that stores one block: one nobody has stored before, or the one of this number."""
+        from vllm.distributed.kv_events import BlockStored
+
+        from engine.blocks import block_hashes
+
+        self.number += number is None
+        number = number or self.number
+        self.expected += block_hashes([number] * 4, 4, salt)
+        keys = [(salt,)] if salt else None
+        self.publish(BlockStored([b"%d" % number], None, [number] * 4, 4, None, "GPU", None, keys, group_idx=0))
+
+    async def until(self, condition):
+        async with asyncio.timeout(20):
+            while not condition():  # noqa: ASYNC110 - another thread and a socket make it true
+                await asyncio.sleep(0.01)
+
+    async def __aenter__(self):
+        # A subscription takes a moment to arrive; what is published before it is replayed, and that is tested apart.
+        while not len(self.mirror):
+            self.stored()
+            await asyncio.sleep(0.05)
+        await self.until(lambda: self.expected[-1] in self.mirror)
+        self.expected = list(self.mirror)
+        self.gaps_before = self.reader.num_gaps
+        return self
+
+    async def __aexit__(self, *_):
+        self.task.cancel()
+        await asyncio.gather(self.task, return_exceptions=True)
+        self.reader.close()
+        config = self.publisher.get_publisher_config()
+        await asyncio.to_thread(self.publisher.shutdown)
+        for endpoint in (config.endpoint, config.replay_endpoint):
+            Path(endpoint.removeprefix("ipc://")).unlink(missing_ok=True)  # noqa: ASYNC240 - a socket file is gone at once
+
+
+class TestCacheEvents:
+    """engine/vllm_events.py subscribes to the engine's KV-cache events and asks for those it missed."""
+
+    def test_the_client_knows_where_its_engine_publishes(self):
+        from vllm.v1.engine.core_client import AsyncMPClient
+
+        assert list(inspect.signature(AsyncMPClient.get_kv_event_sources).parameters) == ["self"]
+        assert "return dict(self._kv_event_sources)" in inspect.getsource(AsyncMPClient.get_kv_event_sources)
+
+    def test_the_publisher_binds_files_under_the_name_it_is_given(self):
+        from vllm.distributed.kv_events import ZmqEventPublisher
+
+        from engine.vllm_events import events_config
+
+        config = events_config()
+        assert config.endpoint.startswith("ipc://")
+        assert config.endpoint != config.replay_endpoint
+        assert ZmqEventPublisher._is_bind_endpoint(config.endpoint)
+
+    def test_events_have_the_fields_we_read(self):
+        from vllm.distributed.kv_events import BlockRemoved, BlockStored
+
+        assert {
+            "block_hashes", "parent_block_hash", "token_ids", "block_size", "medium", "extra_keys", "group_idx"
+        } <= set(BlockStored.__struct_fields__)  # fmt: skip
+        assert {"block_hashes", "medium", "group_idx"} <= set(BlockRemoved.__struct_fields__)
+
+    def test_a_salt_is_published_bare_and_with_the_first_block_only(self):
+        from types import SimpleNamespace
+
+        from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys, to_event_extra_keys
+
+        request = SimpleNamespace(mm_features=[], lora_request=None, cache_salt="pepper", prompt_embeds=None)
+        keys = [generate_block_hash_extra_keys(request, start, start + 4, 0)[0] for start in (0, 4)]
+        assert to_event_extra_keys(keys) == [("pepper",), None]
+
+    def test_each_cached_copy_of_a_block_is_published_and_each_removal(self):
+        from vllm.v1.core.block_pool import BlockPool
+
+        assert "self.kv_event_queue.append(" in inspect.getsource(BlockPool.cache_full_blocks)
+        source = inspect.getsource(BlockPool._maybe_evict_cached_block)
+        assert "self._emit_block_removed_events(evicted_hashes)" in source
+
+    async def test_published_blocks_arrive_under_our_hashes(self):
+        async with Publisher() as publisher:
+            publisher.stored(salt="pepper")
+            publisher.stored()
+            await publisher.until(lambda: set(publisher.mirror) == set(publisher.expected))
+            assert publisher.reader.num_gaps == 0
+
+    async def test_removed_and_cleared_blocks_are_gone(self):
+        from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved
+
+        async with Publisher() as publisher:
+            publisher.stored()
+            gone = publisher.expected[-1]
+            await publisher.until(lambda: gone in publisher.mirror)
+            publisher.publish(BlockRemoved([b"%d" % publisher.number], "GPU", 0))
+            await publisher.until(lambda: gone not in publisher.mirror and set(publisher.mirror))
+            publisher.publish(AllBlocksCleared())
+            await publisher.until(lambda: not len(publisher.mirror))
+            assert publisher.reader.num_gaps == 0
+
+    async def test_blocks_of_other_media_groups_and_sizes_are_left_out(self):
+        from vllm.distributed.kv_events import BlockRemoved, BlockStored
+
+        async with Publisher() as publisher:
+            for medium, group, size in (("CPU", 0, 4), ("GPU", 1, 4), ("GPU", 0, 2)):
+                event = BlockStored([b"other"], None, [9] * size, size, None, medium, None, group_idx=group)
+                publisher.publish(event)
+            publisher.publish(BlockRemoved([b"1"], "CPU", 0), BlockRemoved([b"1"], "GPU", 1))
+            publisher.stored()
+            await publisher.until(lambda: publisher.expected[-1] in publisher.mirror)
+            assert set(publisher.mirror) == set(publisher.expected)
+
+    async def test_lost_batches_are_replayed(self):
+        async with Publisher() as publisher:
+            publisher.lost = set(range(publisher.number, publisher.number + 3))
+            for _ in range(4):
+                publisher.stored()
+            await publisher.until(lambda: set(publisher.mirror) == set(publisher.expected))
+            assert publisher.reader.num_gaps == 0
+
+    async def test_batches_before_the_subscription_are_replayed(self):
+        from engine.vllm_events import CacheEvents
+
+        async with Publisher() as publisher:
+            late = CacheEvents(publisher.publisher.get_publisher_config(), 4)
+            found = set()
+
+            async def read():
+                async for changes in late.changes():
+                    found.update(changes.stored)
+
+            task = asyncio.create_task(read())
+            while not found:
+                publisher.stored()
+                await asyncio.sleep(0.05)
+            await publisher.until(lambda: found == set(publisher.expected))
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            late.close()
+
+    async def test_what_is_lost_for_good_is_counted_and_everything_before_it_forgotten(self):
+        async with Publisher(buffer_steps=2) as publisher:
+            known = publisher.number
+            publisher.lost = set(range(known, known + 5))
+            for _ in range(6):
+                publisher.stored()
+            await publisher.until(lambda: publisher.reader.num_gaps == publisher.gaps_before + 1)
+            await publisher.until(lambda: set(publisher.mirror) == set(publisher.expected[-1:]))
+            publisher.stored(number=known)
+            await publisher.until(lambda: set(publisher.mirror) == set(publisher.expected[-2:]))
+
+    async def test_garbage_counts_as_lost(self):
+        async with Publisher() as publisher:
+            await publisher.until(lambda: len(publisher.mirror))
+            publisher.socket.send_multipart((b"", publisher.number.to_bytes(8, "big"), b"garbage"))
+            await publisher.until(lambda: publisher.reader.num_gaps == 1)
+            await publisher.until(lambda: not len(publisher.mirror))
+
+
 class TestFrontEnd:
     """gateway/api/server.py builds vLLM's application and cuts it down."""
 
@@ -296,4 +546,5 @@ class TestFrontEnd:
         assert {
             "kv_cache_memory_bytes", "block_size", "worker_cls", "kv_transfer_config", "max_num_batched_tokens",
             "max_num_seqs", "enforce_eager", "reasoning_parser", "enable_prefix_caching", "disable_log_stats",
+            "kv_events_config", "enable_logging_iteration_details",
         } <= set(AsyncEngineArgs.__dataclass_fields__)  # fmt: skip

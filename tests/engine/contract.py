@@ -9,6 +9,7 @@ from typing import Protocol
 import pytest
 import pytest_asyncio
 
+from engine.blocks import BlockMirror, block_hashes
 from engine.protocol import (
     Engine,
     EngineLoad,
@@ -70,15 +71,18 @@ class Answer:
 
 
 class Collector:
-    """The one reader of an engine's steps. Waits for conditions on what it has read, never for time to pass."""
+    """The one reader of an engine. Waits for conditions on what it has read, never for time to pass."""
 
     def __init__(self, engine: Engine):
         self.engine = engine
         self.answers: dict[str, Answer] = {}
         self.steps: list[EngineStep] = []
+        self.mirror = BlockMirror(engine.info.num_kv_blocks)
+        self.most_blocks = 0
         self._failure: BaseException | None = None
         self._changed = asyncio.Condition()
-        self._task = asyncio.get_running_loop().create_task(self._read())
+        loop = asyncio.get_running_loop()
+        self._tasks = [loop.create_task(self._read()), loop.create_task(self._read_blocks())]
 
     @property
     def load(self) -> EngineLoad:
@@ -109,9 +113,17 @@ class Collector:
         """The load when nothing runs or waits and every block is free."""
         return await self.load_where(is_idle, "the engine to be idle with no block in use")
 
+    async def blocks_where(self, predicate: Callable[[BlockMirror], bool], what: str) -> None:
+        """Waits until the mirror of the engine's cached blocks satisfies the predicate."""
+        await self._until(lambda: predicate(self.mirror), what)
+
+    async def holds(self, hashes: Sequence[bytes]) -> None:
+        await self.blocks_where(lambda mirror: all(h in mirror for h in hashes), f"{len(hashes)} blocks to be told")
+
     async def close(self) -> None:
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _until(self, condition: Callable[[], bool], what: str) -> None:
         try:
@@ -130,6 +142,13 @@ class Collector:
         except Exception as failure:
             self._failure = failure
             async with self._changed:
+                self._changed.notify_all()
+
+    async def _read_blocks(self) -> None:
+        async for changes in self.engine.block_changes():
+            async with self._changed:
+                self.mirror.apply(changes)
+                self.most_blocks = max(self.most_blocks, len(self.mirror))
                 self._changed.notify_all()
 
     async def _take(self, step: EngineStep) -> None:
@@ -194,6 +213,18 @@ class Bench:
     def num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
+    def hashes(self, token_ids: Sequence[int], salt: str = "") -> list[bytes]:
+        return block_hashes(token_ids, self.block_size, self.salt + salt)
+
+    def hashes_after(self, prompt: Sequence[int], answer: Answer, salt: str = "") -> list[bytes]:
+        """The full blocks a request leaves behind: of an answer's last token no KV was ever computed."""
+        return self.hashes([*prompt, *answer.token_ids[:-1]], salt)
+
+    def predicted_cached_tokens(self, side: Collector, prompt: Sequence[int]) -> int:
+        """What the mirror says a prompt would find; an engine computes its last token in any case."""
+        findable = self.hashes(prompt[:-1])
+        return side.mirror.num_leading(findable) * self.block_size
+
 
 def is_idle(load: EngineLoad) -> bool:
     return load.num_running_requests == load.num_waiting_requests == load.num_kv_blocks_used == 0
@@ -213,7 +244,8 @@ class EngineContract:
             yield bench
             for side in (bench.prefill, bench.decode):
                 if side.steps:
-                    await side.idle()
+                    load = await side.idle()
+                    assert (load.num_queued_tokens, load.num_running_tokens) == (0, 0)
         finally:
             await bench.prefill.close()
             await bench.decode.close()
@@ -444,6 +476,115 @@ class EngineContract:
             assert loads[-1].prompt_tokens_computed_total > 0
             num_blocks = side.engine.info.num_kv_blocks
             assert all(0 <= load.num_kv_blocks_used <= num_blocks for load in loads)
+            # vLLM keeps one block for itself.
+            (all_blocks,) = {load.num_kv_blocks_used + load.num_kv_blocks_free for load in loads}
+            assert num_blocks - 1 <= all_blocks <= num_blocks
+            assert loads[-1].kv_event_gaps_total == 0
+
+    # -- load
+
+    async def test_running_tokens_are_the_prompt_and_what_is_written(self, bench: Bench) -> None:
+        prompt, first = bench.pair.prompt(20, seed=30), len(bench.decode.steps)
+        answer = await bench.run_decode(prompt, max_tokens=9)
+        await bench.decode.idle()
+        written, seen = 0, set[int]()
+        for step in bench.decode.steps[first:]:
+            written += sum(len(delta.token_ids) for delta in step.deltas)
+            running = 20 + written if 0 < written < len(answer.token_ids) else 0
+            assert step.load.num_running_tokens == running
+            seen.add(running)
+        assert len(seen) > 2
+
+    async def test_tokens_of_prompts_that_wait_or_are_read_are_queued(self, bench: Bench) -> None:
+        num_tokens = bench.pair.decode.info.max_model_len - 1
+        # No step computes that many tokens at once.
+        prompts = [bench.pair.prompt(num_tokens, seed=31 + index) for index in range(3)]
+        ids = [await bench.submit(bench.decode, Phase.DECODE, prompt, 1) for prompt in prompts]
+        first, finished = len(bench.decode.steps), 0
+        for request_id in ids:
+            await bench.decode.finished(request_id)
+        for step in bench.decode.steps[first:]:
+            finished += sum(delta.finish_reason is not None for delta in step.deltas)
+            assert step.load.num_queued_tokens == (3 - finished) * num_tokens
+        assert any(step.load.num_queued_tokens for step in bench.decode.steps[first:])
+
+    async def test_an_aborted_request_is_neither_queued_nor_running(self, bench: Bench) -> None:
+        request_id = await bench.submit(bench.decode, Phase.DECODE, bench.pair.prompt(20, seed=34), 200)
+        await bench.decode.started(request_id)
+        await bench.decode.engine.abort([request_id])
+        await bench.serves(bench.decode)
+        load = await bench.decode.idle()
+        assert (load.num_queued_tokens, load.num_running_tokens) == (0, 0)
+
+    async def test_steps_take_time_and_prompts_are_read_at_a_rate(self, bench: Bench) -> None:
+        num_tokens = bench.pair.prefill.info.max_model_len - 1
+        answer = await bench.run_prefill(bench.pair.prompt(num_tokens, seed=35))
+        load = await bench.prefill.load_where(lambda load: not load.num_running_requests, "prefill to end")
+        await bench.release(answer.handoff)
+        assert 0 < load.step_duration_s < TIMEOUT_S
+        assert num_tokens / TIMEOUT_S < load.prefill_tokens_per_s < float("inf")
+
+    # -- cached blocks
+
+    @pytest.mark.parametrize("extra_tokens", [-1, 0, 1])
+    async def test_the_full_blocks_of_prompt_and_answer_are_told(self, bench: Bench, extra_tokens: int) -> None:
+        prompt = bench.pair.prompt(2 * bench.block_size + 7, seed=40)
+        max_tokens = 2 * bench.block_size - 7 + 1 + extra_tokens
+        answer = await bench.run_decode(prompt, max_tokens)
+        hashes = bench.hashes_after(prompt, answer)
+        assert len(hashes) == (3 if extra_tokens < 0 else 4)
+        await bench.decode.holds(hashes)
+        assert set(bench.hashes([*prompt, *answer.token_ids, *[1] * bench.block_size])) & set(bench.decode.mirror) == (
+            set(hashes)
+        )
+
+    async def test_a_handoff_leaves_its_blocks_on_both_sides(self, bench: Bench) -> None:
+        prompt = bench.pair.prompt(3 * bench.block_size + 5, seed=41)
+        prefilled = await bench.run_prefill(prompt)
+        await bench.prefill.holds(bench.hashes(prompt))
+        answer = await bench.run_decode(prompt, bench.block_size, prefilled.handoff)
+        await bench.decode.holds(bench.hashes_after(prompt, answer))
+
+    async def test_salts_keep_blocks_apart(self, bench: Bench) -> None:
+        prompt = bench.pair.prompt(2 * bench.block_size + 1, seed=42)
+        for salt in ("-a", "-b"):
+            await bench.run_decode(prompt, max_tokens=1, salt=salt)
+            await bench.decode.holds(bench.hashes(prompt, salt))
+        assert not set(bench.hashes(prompt)) & set(bench.decode.mirror)
+
+    async def test_a_prompt_finds_as_many_cached_tokens_as_the_mirror_says(self, bench: Bench) -> None:
+        whole = bench.pair.prompt(6 * bench.block_size, seed=43)
+        other = bench.pair.prompt(6 * bench.block_size, seed=44)
+        size = bench.block_size
+        for prompt in (whole[:size], whole[: 2 * size + 3], [*whole[:size], *other[:size], 1], whole, whole, other[:5]):
+            predicted = bench.predicted_cached_tokens(bench.decode, prompt)
+            answer = await bench.run_decode(prompt, max_tokens=size)
+            assert answer.facts.num_local_cached_tokens == predicted
+            await bench.decode.holds(bench.hashes_after(prompt, answer))
+
+    async def test_blocks_of_concurrent_equal_prompts_are_found_as_the_mirror_says(self, bench: Bench) -> None:
+        prompt = bench.pair.prompt(4 * bench.block_size + 3, seed=45)
+        ids = [await bench.submit(bench.decode, Phase.DECODE, prompt, 2) for _ in range(4)]
+        for request_id in ids:
+            await bench.decode.finished(request_id)
+        await bench.decode.holds(bench.hashes(prompt))
+        predicted = bench.predicted_cached_tokens(bench.decode, prompt)
+        assert (await bench.run_decode(prompt, 1)).facts.num_local_cached_tokens == predicted == 4 * bench.block_size
+
+    async def test_evicted_blocks_are_gone_from_the_mirror(self, bench: Bench) -> None:
+        info = bench.pair.decode.info
+        prompt = bench.pair.prompt(3 * bench.block_size + 1, seed=46)
+        await bench.run_decode(prompt, max_tokens=1)
+        await bench.decode.holds(bench.hashes(prompt))
+        length = info.max_model_len - 1
+        for index in range(info.num_kv_blocks * bench.block_size // length + 2):
+            filler = bench.pair.prompt(length, seed=100 + index)
+            answer = await bench.run_decode(filler, max_tokens=1)
+            await bench.decode.holds(bench.hashes_after(filler, answer))
+        assert not set(bench.hashes(prompt)) & set(bench.decode.mirror)
+        assert bench.decode.mirror.num_overflows == 0
+        assert bench.decode.most_blocks <= info.num_kv_blocks
+        assert (await bench.run_decode(prompt, 1)).facts.num_local_cached_tokens == 0
 
     @staticmethod
     async def _give_back_if_it_finished(bench: Bench, request_id: str) -> None:

@@ -12,7 +12,7 @@ from vllm.sampling_params import SamplingParams
 
 from decode.worker import DecodeWorker
 from engine.protocol import Engine, EngineInfo, FinishReason, Phase, TokenDelta
-from engine.vllm_codec import SamplingPayload, decode_logprobs, encode_sampling
+from engine.vllm_codec import SamplingPayload, decode_logprobs, encode_sampling, is_resumable
 from engine.vllm_engine import VllmEngine, VllmEngineConfig
 from engine.worker import Worker
 from gateway.orchestrator import Orchestrator, OrchestratorConfig, SequenceRequest
@@ -104,6 +104,7 @@ class LocalCluster:
                 params.max_tokens,
                 encode_sampling(SamplingPayload(params)),
                 needs_whole_prompt=params.prompt_logprobs is not None,
+                resumable=is_resumable(params),
             ),
             self.orchestrator.new_group(request_id, 1),
         )

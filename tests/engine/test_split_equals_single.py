@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import os
 import random
 import time
 
@@ -226,6 +227,17 @@ async def test_an_idle_engine_settles_below_five_percent_of_a_core(split):
             await asyncio.sleep(4)
             shares.append((cpu_seconds(processes) - start_s) / (time.monotonic() - began_s))
         assert shares[-1] < 0.05, f"{replica_id} takes these shares of a core while idle: {shares}"
+
+
+def test_every_engine_computes_on_the_core_it_was_given(split):
+    """The connector would move all of them to the machine's last core (docs/adr/0009)."""
+    for replica_id, core in (("prefill-0", 0), ("decode-0", 1)):
+        cores = [os.sched_getaffinity(pid) for pid in split.info(replica_id).pids if is_engine(pid)]
+        assert cores == [{core}], f"{replica_id} runs on {cores}"
+
+
+def is_engine(pid: int) -> bool:
+    return psutil.Process(pid).name().startswith("VLLM::")
 
 
 async def test_two_prefill_and_two_decode_engines_give_one_engines_tokens(expected):

@@ -10,8 +10,10 @@ from engine.protocol import Phase
 from engine.vllm_codec import SamplingPayload, encode_sampling
 from engine.vllm_engine import VllmEngine
 from tests.engine.contract import EngineContract
-from tests.engine.local_cluster import engine_config
+from tests.engine.local_cluster import BLOCK, engine_config
 
+BYTES_PER_TOKEN = 2 * 4 * 2 * 64 * 4
+"""Of the shipped model's KV: K and V, layers, heads, head size, bytes of a float32."""
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(300)]
 
 
@@ -28,7 +30,8 @@ class VllmPair:
 
 @pytest.fixture(scope="module")
 async def pair():
-    changes = {"max_model_len": 2048}
+    # A cache that a test can fill: twice the blocks of the longest request and more.
+    changes = {"max_model_len": 2048, "kv_cache_memory_bytes": 160 * BLOCK * BYTES_PER_TOKEN}
     prefill = await VllmEngine.start(engine_config("prefill-0", Phase.PREFILL, core=0, **changes))
     try:
         decode = await VllmEngine.start(engine_config("decode-0", Phase.DECODE, core=1, **changes))

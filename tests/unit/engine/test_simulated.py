@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
+from engine.blocks import block_hashes
 from engine.protocol import (
     EngineGoneError,
     EngineRequest,
@@ -23,8 +24,6 @@ from engine.protocol import (
     PrefillFacts,
 )
 from engine.simulated import (
-    Block,
-    BlockPool,
     LatencyModel,
     SimulatedEngine,
     SimulatedEngineConfig,
@@ -32,6 +31,7 @@ from engine.simulated import (
     TokenRule,
     expected_answer,
 )
+from engine.simulated_blocks import Block, BlockPool
 from tests.engine.contract import Answer, Collector, EngineContract
 from tests.unit.virtual_time import simulate
 
@@ -314,6 +314,122 @@ def test_referenced_blocks_are_never_evicted() -> None:
             assert (await pair.run_decode(pinned, handoff=handoff)).token_ids == expected_answer(CONFIG, pinned, 6)
 
     simulate(main)
+
+
+# -- load
+
+
+def test_a_step_takes_what_the_latency_model_says_and_prompts_give_the_prefill_rate() -> None:
+    async def main() -> None:
+        async with Pair() as pair:
+            await pair.run_decode(random_prompt(30, 1), max_tokens=2)
+            load = await pair.decode.idle()
+            assert load.step_duration_s == pytest.approx(0.022)
+            assert load.prefill_tokens_per_s == pytest.approx(30 / (0.01 + 30 * 0.001))
+
+    simulate(main)
+
+
+def test_fetching_a_handoff_is_waiting_and_not_reading() -> None:
+    async def main() -> None:
+        async with Pair() as pair:
+            prompt = random_prompt(20, 1)
+            handoff = (await pair.run_prefill(prompt)).handoff
+            request_id = await pair.submit(pair.decode, Phase.DECODE, prompt, 5, handoff=handoff)
+            load = await pair.decode.load_where(lambda load: load.num_waiting_requests == 1, "the pull to begin")
+            assert (load.num_queued_tokens, load.num_running_tokens) == (20, 0)
+            await pair.decode.finished(request_id)
+            assert (await pair.decode.idle()).prefill_tokens_per_s == 0.0
+
+    simulate(main)
+
+
+# -- what is told of cached blocks
+
+
+def test_blocks_are_told_with_the_step_that_filled_them() -> None:
+    async def main() -> None:
+        async with Pair() as pair:
+            prompt = random_prompt(B - 1, 1)
+            request_id = await pair.submit(pair.decode, Phase.DECODE, prompt, 2 * B + 2)
+            for num_tokens, num_blocks in ((1, 0), (2, 1), (B + 1, 1), (B + 2, 2)):
+                await pair.decode.started(request_id, num_tokens)
+                await asyncio.sleep(0.001)
+                assert len(pair.decode.mirror) == num_blocks
+            await pair.decode.finished(request_id)
+
+    simulate(main)
+
+
+def test_lost_changes_are_counted_and_the_blocks_before_them_forgotten() -> None:
+    async def main() -> None:
+        async with Pair() as pair:
+            old, new = random_prompt(3 * B, 1), random_prompt(2 * B, 2)
+            await pair.run_decode(old, 1)
+            await pair.decode.holds(block_hashes(old, B))
+            pair.decode_engine.lose_block_changes()
+            await pair.decode.blocks_where(lambda mirror: not len(mirror), "the blocks to be forgotten")
+            await pair.run_decode(new, 1)
+            await pair.decode.holds(block_hashes(new, B))
+            assert set(pair.decode.mirror) == set(block_hashes(new, B))
+            assert (await pair.decode.idle()).kv_event_gaps_total == 1
+            assert (await pair.run_decode([*old, 1], 1)).facts.num_local_cached_tokens == 3 * B
+
+    simulate(main)
+
+
+def test_evicted_blocks_that_were_forgotten_before_are_not_told_of() -> None:
+    async def main() -> None:
+        async with Pair(dataclasses.replace(CONFIG, num_kv_blocks=10, max_model_len=80)) as pair:
+            for seed in range(3):
+                await pair.run_decode(random_prompt(9 * B, seed), 1)
+                if seed == 0:
+                    pair.decode_engine.lose_block_changes()
+            await pair.decode.idle()
+            await pair.decode.blocks_where(
+                lambda mirror: set(mirror) == pair.decode_engine.cached_blocks, "the mirror to be right again"
+            )
+
+    simulate(main)
+
+
+def test_an_engine_whose_changes_nobody_reads_merges_them() -> None:
+    async def main() -> None:
+        engine = SimulatedEngine(
+            "alone", dataclasses.replace(CONFIG, num_kv_blocks=10, max_model_len=80), SimulatedFabric()
+        )
+        steps = Collector(engine)
+        steps._tasks.pop().cancel()
+        for number, seed in enumerate([0, 1, 2, 3, 2]):
+            if number == 3:
+                engine.lose_block_changes()
+            request = EngineRequest(f"r{number}", Phase.DECODE, random_prompt(9 * B + 1, seed), 1)
+            await engine.submit(request)
+            await steps.finished(request.request_id)
+        changes = await anext(engine.block_changes())
+        assert set(changes.stored) == engine.cached_blocks
+        assert (changes.removed, changes.cleared) == ([], True)
+        await steps.close()
+        await engine.shutdown()
+
+    simulate(main)
+
+
+def test_the_changes_end_when_the_engine_dies() -> None:
+    async def main() -> None:
+        engine = SimulatedEngine("alone", CONFIG, SimulatedFabric())
+        ended = asyncio.create_task(_read_to_the_end(engine.block_changes()))
+        await asyncio.sleep(1.0)
+        engine.die()
+        await ended
+        await engine.shutdown()
+
+    simulate(main)
+
+
+async def _read_to_the_end(changes: AsyncIterator[Any]) -> None:
+    async for _ in changes:
+        pass
 
 
 # -- scarce blocks
@@ -773,6 +889,11 @@ def test_no_load_loses_a_block_or_a_token(load: list[Job]) -> None:
                 if side.steps:
                     await side.idle()
                 assert all(0 <= step.load.num_kv_blocks_used <= SCARCE.num_kv_blocks for step in side.steps)
+                assert side.most_blocks <= SCARCE.num_kv_blocks
+            for side, engine in ((pair.prefill, pair.prefill_engine), (pair.decode, pair.decode_engine)):
+                await asyncio.sleep(0.001)
+                assert set(side.mirror) == engine.cached_blocks
+                assert side.mirror.num_overflows == 0
             forgotten = sum(job.fate == "forget" for job in load)
             expirable = forgotten + sum(job.fate == "abort prefill" for job in load)
             if pair.prefill.steps:

@@ -6,19 +6,23 @@ from collections.abc import AsyncIterator, Sequence
 import pytest
 
 from decode.worker import DecodeWorker
+from engine.blocks import BlockMirror
 from engine.protocol import (
+    BlockChanges,
     EngineGoneError,
     EngineInfo,
     EngineLoad,
     EngineRequest,
     EngineStep,
     FinishReason,
+    InFlight,
     InvalidEngineRequestError,
     KVHandoff,
     Phase,
     TokenDelta,
     WorkerReport,
 )
+from engine.reports import LOAD_INTERVAL_S
 from engine.worker import Worker
 from prefill.worker import PrefillWorker
 from tests.unit.virtual_time import simulate
@@ -38,10 +42,16 @@ class ScriptedEngine:
         self.is_shut_down = False
         self.refusal: Exception | None = None
         self._steps: asyncio.Queue[EngineStep | Exception] = asyncio.Queue()
+        self._changes: asyncio.Queue[BlockChanges | Exception] = asyncio.Queue()
 
     async def step(self, *deltas: TokenDelta, running: int = 0) -> None:
         """One engine step; returns when the worker has folded it."""
         self._steps.put_nowait(EngineStep(list(deltas), EngineLoad(num_running_requests=running)))
+        await settled()
+
+    async def change_blocks(self, changes: BlockChanges | Exception) -> None:
+        """A change of the engine's cached blocks; returns when the worker has taken it."""
+        self._changes.put_nowait(changes)
         await settled()
 
     async def fail(self, error: Exception) -> None:
@@ -66,6 +76,13 @@ class ScriptedEngine:
                 raise step
             yield step
 
+    async def block_changes(self) -> AsyncIterator[BlockChanges]:
+        while True:
+            changes = await self._changes.get()
+            if isinstance(changes, Exception):
+                raise changes
+            yield changes
+
     async def shutdown(self) -> None:
         self.is_shut_down = True
 
@@ -88,6 +105,15 @@ class Gateway:
     @property
     def deltas(self) -> list[TokenDelta]:
         return [delta for report in self.reports for delta in report.deltas]
+
+    @property
+    def blocks(self) -> set[bytes]:
+        """The cached blocks, as this gateway was told of them."""
+        mirror = BlockMirror(64)
+        for report in self.reports:
+            if report.blocks is not None:
+                mirror.apply(report.blocks)
+        return set(mirror)
 
     async def vanish(self) -> None:
         self.task.cancel()
@@ -269,6 +295,143 @@ def test_the_engines_end_is_told_after_what_was_before_and_refuses_everything_af
         assert rig.engine.is_shut_down
 
     simulate(main)
+
+
+# -- what others have in flight
+
+
+async def told() -> None:
+    """Lets reports that wait for company leave."""
+    await asyncio.sleep(LOAD_INTERVAL_S)
+    await settled()
+
+
+def others(*gateways: Gateway) -> list[InFlight]:
+    return [gateway.reports[-1].others_in_flight for gateway in gateways]
+
+
+def test_each_gateway_is_told_what_the_others_have_in_flight() -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            await rig.submit("a", "a1")
+            await rig.submit("a", "a2")
+            await rig.submit("b", "b1")
+            await told()
+            assert others(rig.a, rig.b) == [InFlight(1, 3), InFlight(2, 6)]
+            await rig.engine.step(delta("a1", 1), delta("b1", 1))
+            await rig.engine.step(delta("a1", 2), delta("a2", 1, FinishReason.STOP))
+            await told()
+            assert others(rig.a, rig.b) == [InFlight(1, 4), InFlight(1, 5)]
+            await rig.worker.abort("b", ["b1"])
+            await rig.engine.step(delta("a1", 3, FinishReason.STOP), delta("b1", 3))
+            await told()
+            assert others(rig.a, rig.b) == [InFlight(0, 0), InFlight(0, 0)]
+
+    simulate(main)
+
+
+def test_what_others_send_is_told_before_the_engine_steps() -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            await told()
+            await rig.submit("a", "r")
+            await settled()
+            assert others(rig.b) == [InFlight(1, 3)]
+
+    simulate(main)
+
+
+def test_a_refused_request_is_not_in_flight() -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            rig.engine.refusal = InvalidEngineRequestError("no room")
+            with pytest.raises(InvalidEngineRequestError, match="no room"):
+                await rig.submit("a", "r")
+            await told()
+            assert others(rig.b) == [InFlight(0, 0)]
+
+    simulate(main)
+
+
+def test_a_gateway_that_vanishes_has_nothing_in_flight() -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            await rig.submit("a", "r")
+            await told()
+            await rig.a.vanish()
+            await told()
+            assert others(rig.b) == [InFlight(0, 0)]
+
+    simulate(main)
+
+
+def test_a_gateway_that_attaches_learns_at_once_what_is_in_flight() -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            await rig.submit("a", "r")
+            late = Gateway(rig.worker, "late")
+            await settled()
+            (report,) = late.reports
+            assert report.others_in_flight == InFlight(1, 3)
+            await late.vanish()
+
+    simulate(main)
+
+
+# -- cached blocks
+
+
+def test_every_gateway_is_told_of_the_cached_blocks_whenever_it_attaches() -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            await rig.engine.change_blocks(BlockChanges([b"1", b"2", b"3"], []))
+            late = Gateway(rig.worker, "late")
+            await rig.engine.change_blocks(BlockChanges([b"4"], [b"1"]))
+            await told()
+            for gateway in (rig.a, rig.b, late):
+                assert gateway.blocks == {b"2", b"3", b"4"}
+            assert late.reports[0].blocks == BlockChanges([b"1", b"2", b"3"], [], cleared=True)
+            await late.vanish()
+
+    simulate(main)
+
+
+def test_blocks_travel_with_the_deltas_after_them() -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            await rig.submit("a", "r")
+            await told()
+            rig.engine._changes.put_nowait(BlockChanges([b"1"], []))
+            await rig.engine.step(delta("r", 1))
+            report = rig.a.reports[-1]
+            assert (report.deltas, report.blocks) == ([delta("r", 1)], BlockChanges([b"1"], []))
+
+    simulate(main)
+
+
+def test_what_an_engine_has_lost_is_forgotten_by_all() -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            await rig.engine.change_blocks(BlockChanges([b"1", b"2"], []))
+            await told()
+            await rig.engine.change_blocks(BlockChanges([b"9"], [], cleared=True))
+            await told()
+            assert rig.a.blocks == rig.b.blocks == {b"9"}
+
+    simulate(main)
+
+
+def test_a_worker_that_cannot_follow_its_engines_blocks_says_so_and_ends() -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            await rig.engine.change_blocks(ZeroDivisionError("a bug"))
+            assert "a bug" in str(rig.a.error)
+            assert rig.worker.failure is rig.a.error
+
+    simulate(main)
+
+
+# -- hand-offs
 
 
 def test_a_prefill_worker_takes_no_handoff() -> None:

@@ -8,7 +8,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from decode.worker import DecodeWorker
-from engine.protocol import EngineLoad, EngineRequest, FinishReason, KVHandoff, Phase, PrefillFacts, WorkerReport
+from engine.protocol import (
+    EngineLoad,
+    EngineRequest,
+    FinishReason,
+    InFlight,
+    KVHandoff,
+    Phase,
+    PrefillFacts,
+    WorkerReport,
+)
 from engine.reports import LOAD_INTERVAL_S
 from engine.simulated import LatencyModel, SimulatedEngine, SimulatedEngineConfig, SimulatedFabric, expected_answer
 from engine.worker import Worker
@@ -95,79 +104,28 @@ class Tapped(InProcessTransport):
         return [r for target, _, r in self.submitted if target == replica_id and r.request_id == request_id]
 
 
-class Rig:
-    """A gateway's orchestrator over pools of simulated engines. Leaving it checks that everything was given back."""
+class Gateway:
+    """A gateway's orchestrator, and a front end that reads all its deltas."""
 
-    def __init__(
-        self,
-        prefill: int = 1,
-        decode: int = 1,
-        *,
-        engines: dict[str, SimulatedEngineConfig] | None = None,
-        **config: Any,
-    ):
-        self._engine_configs = engines or {}
-        self.fabric = SimulatedFabric()
-        self.engines: dict[str, SimulatedEngine] = {}
-        self.workers: dict[str, Worker] = {}
-        self.loads: dict[str, EngineLoad] = {}
-        self.answers: dict[str, Answer] = {}
-        self.leases_may_end = 0
-        self.is_over = False
-        self._tasks: list[asyncio.Task[None]] = []
-        self._numbers = itertools.count()
-        for phase, number in ((Phase.PREFILL, prefill), (Phase.DECODE, decode)):
-            for index in range(number):
-                self.new_worker(phase, f"{phase}-{index}")
-        self.expected = {Phase.PREFILL: prefill, Phase.DECODE: decode}
-        self.transport = Tapped(list(self.workers.values()))
+    def __init__(self, transport: InProcessTransport, prefix: str = "r", **config: Any):
+        self.closed: list[Receipt] = []
         limits = OrchestratorConfig(HANDOFF_TIMEOUT_S, max_in_flight_requests=100, warm_up_sampling=b"warm-up")
         self.orchestrator = Orchestrator(
-            self.transport,
+            transport,
             least_tokens,
             ReceiptStore(100),
             replace(limits, **config),
+            closed=self.closed.append,
+            clock=asyncio.get_running_loop().time,
             wall_clock=lambda: CREATED_S,
             new_seed=lambda: 42,
         )
         self.cluster = self.orchestrator.cluster
+        self.answers: dict[str, Answer] = {}
+        self._prefix = prefix
+        self._numbers = itertools.count()
 
-    def new_worker(self, phase: Phase, replica_id: str) -> Worker:
-        engine = self.engines[replica_id] = SimulatedEngine(
-            replica_id, self._engine_configs.get(replica_id, CONFIG), self.fabric
-        )
-        worker_class = PrefillWorker if phase is Phase.PREFILL else DecodeWorker
-        worker = self.workers[replica_id] = worker_class(replica_id, engine)
-        self._tasks.append(asyncio.create_task(self._observe(worker)))
-        return worker
-
-    async def start(self) -> None:
-        self._tasks.append(asyncio.create_task(self._read()))
-        await self.orchestrator.start(self.expected, timeout_s=60.0)
-
-    async def close(self) -> None:
-        await self.orchestrator.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        for worker in self.workers.values():
-            await worker.shutdown()
-
-    async def __aenter__(self) -> "Rig":
-        await self.start()
-        return self
-
-    async def __aexit__(self, error_type: Any, *_: object) -> None:
-        if error_type is None and not self.is_over:
-            await self.everything_given_back()
-        await self.close()
-
-    async def _observe(self, worker: Worker) -> None:
-        """Another gateway: it sees a worker's load although ours may have let go of it."""
-        async for report in worker.attach("observer"):
-            self.loads[worker.replica_id] = report.load
-
-    async def _read(self) -> None:
+    async def read(self) -> None:
         while True:
             for delta in await self.orchestrator.next_deltas():
                 answer = self.answers[delta.request_id]
@@ -179,7 +137,7 @@ class Rig:
                     answer.first_s = now_s()
 
     def add(self, prompt: list[int], max_tokens: int = 6, group: Group | None = None, **more: Any) -> str:
-        request_id = f"r{next(self._numbers)}"
+        request_id = f"{self._prefix}{next(self._numbers)}"
         self.answers[request_id] = Answer()
         group = group or self.orchestrator.new_group(request_id, 1)
         self.orchestrator.add(SequenceRequest(request_id, prompt, max_tokens, b"sampling", **more), group)
@@ -200,6 +158,88 @@ class Rig:
         assert receipt is not None
         return receipt
 
+    async def writing(self, request_id: str) -> None:
+        await until(lambda: self.answers[request_id].token_ids, f"{request_id} to write")
+
+
+class Rig(Gateway):
+    """A gateway over pools of simulated engines. Leaving it checks that everything was given back."""
+
+    def __init__(
+        self,
+        prefill: int = 1,
+        decode: int = 1,
+        *,
+        engines: dict[str, SimulatedEngineConfig] | None = None,
+        **config: Any,
+    ):
+        self._engine_configs = engines or {}
+        self.fabric = SimulatedFabric()
+        self.engines: dict[str, SimulatedEngine] = {}
+        self.workers: dict[str, Worker] = {}
+        self.loads: dict[str, EngineLoad] = {}
+        self.leases_may_end = 0
+        self.is_over = False
+        self._others: list[Gateway] = []
+        self._tasks: list[asyncio.Task[None]] = []
+        for phase, number in ((Phase.PREFILL, prefill), (Phase.DECODE, decode)):
+            for index in range(number):
+                self.new_worker(phase, f"{phase}-{index}")
+        self.expected = {Phase.PREFILL: prefill, Phase.DECODE: decode}
+        self.transport = Tapped(list(self.workers.values()))
+        super().__init__(self.transport, **config)
+
+    def new_worker(self, phase: Phase, replica_id: str) -> Worker:
+        engine = self.engines[replica_id] = SimulatedEngine(
+            replica_id, self._engine_configs.get(replica_id, CONFIG), self.fabric
+        )
+        worker_class = PrefillWorker if phase is Phase.PREFILL else DecodeWorker
+        worker = self.workers[replica_id] = worker_class(replica_id, engine)
+        self._tasks.append(asyncio.create_task(self._observe(worker)))
+        return worker
+
+    async def start(self) -> None:
+        await self._serve(self)
+
+    async def another_gateway(self, gateway_id: str) -> Gateway:
+        """A second gateway over the same workers, ready; the rig ends it."""
+        gateway = Gateway(InProcessTransport(gateway_id, list(self.workers.values())), prefix=f"{gateway_id}-")
+        self._others.append(gateway)
+        await self._serve(gateway)
+        return gateway
+
+    async def leave(self, gateway: Gateway) -> None:
+        """A second gateway ends in the middle of whatever it does."""
+        self._others.remove(gateway)
+        await gateway.orchestrator.close()
+
+    async def _serve(self, gateway: Gateway) -> None:
+        self._tasks.append(asyncio.create_task(gateway.read()))
+        await gateway.orchestrator.start(self.expected, timeout_s=60.0)
+
+    async def close(self) -> None:
+        for gateway in (self, *self._others):
+            await gateway.orchestrator.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for worker in self.workers.values():
+            await worker.shutdown()
+
+    async def __aenter__(self) -> "Rig":
+        await self.start()
+        return self
+
+    async def __aexit__(self, error_type: Any, *_: object) -> None:
+        if error_type is None and not self.is_over:
+            await self.everything_given_back()
+        await self.close()
+
+    async def _observe(self, worker: Worker) -> None:
+        """Another gateway: it sees a worker's load although ours may have let go of it."""
+        async for report in worker.attach("observer"):
+            self.loads[worker.replica_id] = report.load
+
     async def placed_on(self, request_id: str, replica_id: str) -> None:
         await until(lambda: self.transport.sent_to(replica_id, request_id), f"{request_id} to reach {replica_id}")
 
@@ -210,14 +250,12 @@ class Rig:
 
         await until(is_ready, f"{replica_id} to be ready")
 
-    async def writing(self, request_id: str) -> None:
-        await until(lambda: self.answers[request_id].token_ids, f"{request_id} to write")
-
     async def loads_are_told(self) -> None:
         await asyncio.sleep(2 * LOAD_INTERVAL_S)
 
     async def everything_given_back(self) -> None:
-        """No sequence, no token in flight, no KV block, and none came back only because a lease ended."""
+        """No sequence, no token in flight, no KV block, and none came back only because a lease ended. What is known
+        of cached blocks is what the engines have."""
         await self.loads_are_told()
         alive = [replica_id for replica_id, worker in self.workers.items() if worker.failure is None]
         await until(
@@ -225,9 +263,13 @@ class Rig:
             "all KV blocks to be given back",
             patience_s=1.0,
         )
-        assert self.orchestrator.num_in_flight == 0
-        for replica in (*self.cluster.pool(Phase.PREFILL), *self.cluster.pool(Phase.DECODE)):
-            assert (replica.in_flight, replica.in_flight_tokens) == ({}, 0), replica.replica_id
+        for gateway in (self, *self._others):
+            assert gateway.orchestrator.num_in_flight == 0
+            for replica in (*gateway.cluster.pool(Phase.PREFILL), *gateway.cluster.pool(Phase.DECODE)):
+                assert (replica.in_flight, replica.in_flight_tokens) == ({}, 0), replica.replica_id
+                assert replica.others_in_flight == InFlight(), replica.replica_id
+                engine = self.engines[replica.replica_id]
+                assert set(replica.blocks) == (engine.cached_blocks if replica.attached else set()), replica.replica_id
         assert sum(load.kv_leases_expired_total for load in self.loads.values()) <= self.leases_may_end
 
 

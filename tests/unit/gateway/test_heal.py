@@ -139,7 +139,10 @@ def test_heal_ends_a_dead_owners_processes_and_files_and_spares_a_live_ones(
 
     plan = processes.heal(tmp_path)
 
-    assert {id.pid for id in plan.processes} == {polite.pid, stubborn.pid}
+    # Whatever else a crash has left on this machine is healed as well.
+    healed = {id.pid for id in plan.processes}
+    assert healed >= {polite.pid, stubborn.pid}
+    assert ours.pid not in healed
     assert plan.run_dirs == [dead_dir]
     assert polite.wait(timeout=5) == -signal.SIGTERM
     assert stubborn.wait(timeout=5) == -signal.SIGKILL

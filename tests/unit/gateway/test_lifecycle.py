@@ -48,6 +48,8 @@ EVENTS: list[Event] = [
     LeaderStarted(),
     PrefillFinished(HANDOFF),
     PrefillFinished(None, "out of memory"),
+    PrefillFinished(HANDOFF, answered=True),
+    PrefillFinished(None, answered=True),
     PullFailed(),
     Delta(last=False),
     Delta(last=True),
@@ -68,6 +70,8 @@ TABLE: list[tuple[SequenceState, Event, Stage, tuple[Action, ...], str | None]] 
     (LOCAL, Start(), Stage.DECODING, (SubmitDecode("d", None),), None),
     (WAITING, LeaderStarted(), Stage.DECODING, (SubmitDecode("d", None),), None),
     (PREFILLING, PrefillFinished(HANDOFF), Stage.DECODING, (SubmitDecode("d", HANDOFF),), None),
+    (PREFILLING, PrefillFinished(HANDOFF, answered=True), Stage.DONE, (Release(HANDOFF),), None),
+    (PREFILLING, PrefillFinished(None, answered=True), Stage.DONE, (), None),
     (
         PREFILLING,
         PrefillFinished(None, "out of memory"),
@@ -97,12 +101,14 @@ TABLE: list[tuple[SequenceState, Event, Stage, tuple[Action, ...], str | None]] 
     (DECODING, DECODE_REFUSED, Stage.DONE, (Fail(DECODE_REFUSAL),), DECODE_REFUSAL),
     (DECODING, ReplicaLost("d"), Stage.DONE, (Fail("d was lost"),), "d was lost"),
     (DECODING, PrefillFinished(HANDOFF), Stage.DECODING, (Release(HANDOFF),), None),
+    (DECODING, PrefillFinished(HANDOFF, answered=True), Stage.DECODING, (Release(HANDOFF),), None),
     (DECODING, PullFailed(), Stage.DECODING, (), "d could not fetch the hand-off of p"),
     (DECODING, Delta(last=True), Stage.DONE, (), None),
     (WAITING, AbortAsked(), Stage.DONE, (), None),
     (PREFILLING, AbortAsked(), Stage.DONE, (AbortOn("p"),), None),
     (DECODING, AbortAsked(), Stage.DONE, (AbortOn("d"),), None),
     (DONE, PrefillFinished(HANDOFF), Stage.DONE, (Release(HANDOFF),), None),
+    (DONE, PrefillFinished(HANDOFF, answered=True), Stage.DONE, (Release(HANDOFF),), None),
 ]
 
 

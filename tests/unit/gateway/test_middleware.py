@@ -564,5 +564,5 @@ def test_each_request_has_a_context_of_its_own_which_ends_with_it() -> None:
 
 
 def test_receipts_of_further_prompts_are_numbered() -> None:
-    request = context.RequestContext("abc")
+    request = context.RequestContext("abc", received_s=0.0)
     assert [request.next_receipt_id() for _ in range(3)] == ["abc", "abc-1", "abc-2"]

@@ -382,6 +382,7 @@ def test_an_abort_of_a_request_that_decode_has_not_answered_for_yet_follows_its_
             await asyncio.sleep(0.01)
             decode_gate.set()
             await nothing_more_is_heard_of(rig, request_id)
+            await rig.loads_are_told()
             assert rig.loads["decode-0"].num_running_requests == 0
 
     simulate(main)

@@ -1,0 +1,36 @@
+"""Owns Baton's Prometheus metrics: where requests' time went and what became of them, counted as receipts close."""
+
+from dataclasses import fields
+
+from prometheus_client import Counter, Histogram
+
+from gateway.routing.receipts import Receipt, Times
+
+BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+
+STAGE = Histogram(
+    "baton_stage_seconds",
+    "Time of a request in one stage; docs/architecture.md says what each is",
+    ["stage"],
+    buckets=BUCKETS_S,
+)
+TTFT = Histogram("baton_ttft_seconds", "From the HTTP request's arrival to its first token", buckets=BUCKETS_S)
+REQUESTS = Counter("baton_requests", "Prompts by what became of them", ["status", "split"])
+FAULTS = Counter("baton_faults", "Faults met by requests, whether the client noticed or not")
+PROMPT_TOKENS = Counter("baton_prompt_tokens", "Prompt tokens by where they came from", ["source"])
+KV_BYTES = Counter("baton_kv_moved_bytes", "Bytes of KV cache that decode engines fetched from prefill engines")
+
+
+def count(receipt: Receipt) -> None:
+    """Counts a closed receipt."""
+    outcome = receipt.outcome
+    REQUESTS.labels(outcome.status, "yes" if receipt.placement.prefill else "no").inc()
+    FAULTS.inc(len(outcome.faults))
+    PROMPT_TOKENS.labels("cache").inc(outcome.reused_tokens)
+    PROMPT_TOKENS.labels("computed").inc(max(outcome.prompt_tokens - outcome.reused_tokens, 0))
+    KV_BYTES.inc(outcome.kv_bytes_moved)
+    if outcome.ttft_ms is not None:
+        TTFT.observe(outcome.ttft_ms / 1000)
+    for stage in fields(Times):
+        if (time_ms := getattr(outcome.times_ms, stage.name)) is not None:
+            STAGE.labels(stage.name).observe(time_ms / 1000)
