@@ -56,7 +56,7 @@ lock: ## resolve requirements.lock anew from pyproject.toml, requirements.in and
 	@tools=$$(mktemp -d); trap 'rm -rf "$$tools"' EXIT; \
 	$(PYTHON) -m venv "$$tools"; \
 	"$$tools/bin/pip" install --quiet uv; \
-	"$$tools/bin/uv" pip compile --quiet --python-version 3.11 --extra cpu --extra dev --upgrade --no-header --no-annotate \
+	"$$tools/bin/uv" pip compile --quiet --python-version 3.11 --extra cpu --extra dev --extra bench --upgrade --no-header --no-annotate \
 	  --override requirements.overrides --output-file "$$tools/lock" pyproject.toml requirements.in >/dev/null; \
 	{ sed -n '/^#/p;/^[^#]/q' requirements.lock; sed '/^ *#/d' "$$tools/lock"; } > "$$tools/new"; \
 	cp "$$tools/new" requirements.lock

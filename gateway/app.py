@@ -31,10 +31,10 @@ START_RETRIES = 1
 def build(settings: Settings) -> serve.Application:
     """The Serve application: a gateway deployment over one deployment per pool."""
     pools = settings.pools
-    decode = _deployment(DecodeReplica, pools.decode, settings).bind(_engine_spec(settings, Phase.DECODE))
+    decode = _deployment(DecodeReplica, pools.decode, settings).bind(engine_spec(settings, Phase.DECODE))
     prefill = None
     if pools.prefill.replicas:
-        prefill = _deployment(PrefillReplica, pools.prefill, settings).bind(_engine_spec(settings, Phase.PREFILL))
+        prefill = _deployment(PrefillReplica, pools.prefill, settings).bind(engine_spec(settings, Phase.PREFILL))
     gateway = Gateway.options(
         num_replicas=settings.gateway.replicas,
         ray_actor_options={"num_cpus": settings.gateway.num_cpus},
@@ -116,7 +116,8 @@ def _deployment(deployment: Any, pool: PoolSettings, settings: Settings) -> Any:
     )
 
 
-def _engine_spec(settings: Settings, phase: Phase) -> EngineSpec:
+def engine_spec(settings: Settings, phase: Phase) -> EngineSpec:
+    """What the replicas of one pool are started with."""
     split = settings.pools.prefill.replicas > 0
     pool = settings.pools.prefill if phase is Phase.PREFILL else settings.pools.decode
     engine = pool.engine

@@ -1,0 +1,104 @@
+"""Owns CPU time by role: which part of a system a process is, and what each part used between two readings."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+import psutil
+
+from gateway.runtime.processes import ProcessId
+
+TITLE_CHARACTERS = 80
+
+
+class Role(StrEnum):
+    ENGINE = "engine"
+    """vLLM's EngineCore and its workers: the computing that every system has to pay for."""
+    SERVER = "server"
+    """What stands directly before an engine or speaks HTTP: API servers, Baton's gateway and worker replicas."""
+    ROUTER = "router"
+    """What passes requests on: vllm-router, HAProxy and Serve's proxy that minds it."""
+    RAY = "ray"
+    """What keeps Baton running: raylet, GCS, agents, Serve's controller, `baton serve` and its driver."""
+
+
+_ENGINE_TITLES = ("VLLM::EngineCore", "VLLM::Worker")
+_ROUTER_TITLES = ("vllm::router", "haproxy", "ray::ProxyActor", "ray::HAProxyManager")
+_SERVER_TITLES = ("ray::ServeReplica:",)
+_RAY_WORDS = ("ray::", "raylet", "gcs_server", "/ray/", "gateway.runtime.driver", "gateway.cli")
+
+
+@dataclass(frozen=True)
+class RoleSeconds:
+    """CPU seconds by role."""
+
+    engine_s: float = 0.0
+    server_s: float = 0.0
+    router_s: float = 0.0
+    ray_s: float = 0.0
+
+    @property
+    def outside_engine_s(self) -> float:
+        return self.server_s + self.router_s + self.ray_s
+
+    def times(self, factor: float) -> "RoleSeconds":
+        return RoleSeconds(*(value * factor for value in (self.engine_s, self.server_s, self.router_s, self.ray_s)))
+
+
+@dataclass(frozen=True)
+class ProcessCpu:
+    """CPU seconds of one process: since its start in a reading, between two readings in what `spent` returns."""
+
+    role: Role
+    title: str
+    cpu_s: float
+
+
+def role_of(title: str) -> Role:
+    """The role of a process with this title (its command line, or what it set in its place)."""
+    if title.startswith(_ENGINE_TITLES):
+        return Role.ENGINE
+    if title.startswith(_ROUTER_TITLES) or "/haproxy" in title.partition(" ")[0]:
+        return Role.ROUTER
+    if title.startswith(_SERVER_TITLES):
+        return Role.SERVER
+    if any(word in title for word in _RAY_WORDS):
+        return Role.RAY
+    return Role.SERVER
+
+
+def read(processes: Iterable[ProcessId]) -> dict[ProcessId, ProcessCpu]:
+    """CPU time of each process since it started; one that ended meanwhile is left out."""
+    found: dict[ProcessId, ProcessCpu] = {}
+    for id in processes:
+        try:
+            process = psutil.Process(id.pid)
+            title = " ".join(process.cmdline()).strip() or process.name()
+            times = process.cpu_times()
+        except psutil.Error:
+            continue
+        found[id] = ProcessCpu(role_of(title), title[:TITLE_CHARACTERS], times.user + times.system)
+    return found
+
+
+def machine_busy_s() -> float:
+    """CPU seconds that all cores together have spent busy or robbed by the hypervisor since boot."""
+    times = psutil.cpu_times()
+    return times.user + times.nice + times.system + times.irq + times.softirq + times.steal
+
+
+def spent(before: Mapping[ProcessId, ProcessCpu], after: Mapping[ProcessId, ProcessCpu]) -> list[ProcessCpu]:
+    """What each process used between two readings, most first. One that started in between counts from its start;
+    one that ended in between is lost."""
+    used = [
+        ProcessCpu(now.role, now.title, now.cpu_s - (before[id].cpu_s if id in before else 0.0))
+        for id, now in after.items()
+    ]
+    return sorted(used, key=lambda process: -process.cpu_s)
+
+
+def by_role(used: Iterable[ProcessCpu]) -> RoleSeconds:
+    totals = dict.fromkeys(Role, 0.0)
+    for process in used:
+        totals[process.role] += process.cpu_s
+    return RoleSeconds(totals[Role.ENGINE], totals[Role.SERVER], totals[Role.ROUTER], totals[Role.RAY])

