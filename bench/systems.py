@@ -7,19 +7,18 @@ import dataclasses
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import httpx
 
+from engine.ports import free_ports
 from engine.protocol import Phase
 from gateway.runtime import processes
 from gateway.runtime.environment import LOOPBACK, RUN_MARKER, RunPaths, environment, variables
@@ -199,13 +198,13 @@ class LocalSystem:
 
 def bare(settings: Settings, folder: Path, is_equal: bool) -> Recipe:
     """One vLLM server, no hand-off, on the decode engine's cores."""
-    (port,) = free_ports(1)
+    (port,) = free_ports(LOOPBACK)
     return Recipe(_url(port), ((_vllm_server(settings, folder, None, port, 0, is_equal),),))
 
 
 def router(settings: Settings, folder: Path, is_equal: bool) -> Recipe:
     """vllm-router over one prefill and one decode server. Raises StartFailed if the router cannot be installed."""
-    prefill_port, decode_port, port, metrics_port, *side_channel_ports = free_ports(6)
+    prefill_port, decode_port, port, metrics_port, *side_channel_ports = free_ports(LOOPBACK, 6)
     executable = _router_executable()
     env = _peer_environment(settings, folder)
     del env["PYTHONPATH"]  # it has packages of its own
@@ -221,7 +220,7 @@ def router(settings: Settings, folder: Path, is_equal: bool) -> Recipe:
 
 def baton(config: Path) -> Recipe:
     """`baton serve` with the configuration as it is."""
-    (port,) = free_ports(1)
+    (port,) = free_ports(LOOPBACK)
     argv = [sys.executable, "-m", "gateway.cli", "serve", str(config.resolve()), "--no-demo", "--port", str(port)]
     return Recipe(_url(port), ((Command("baton-serve", argv, dict(os.environ), f"{_url(port)}/v1/models"),),))
 
@@ -361,15 +360,6 @@ def _router_executable() -> Path:
             ) from error
     complete.touch()
     return executable
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that were free a moment ago, all different."""
-    with ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind((LOOPBACK, 0))
-        return [probe.getsockname()[1] for probe in probes]
 
 
 def _url(port: int) -> str:

@@ -5,10 +5,10 @@ step. Text lives in the gateway (docs/adr/0001).
 """
 
 import asyncio
+import contextlib
 import os
-import socket
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,7 @@ from vllm.v1.executor import Executor
 from vllm.v1.metrics.stats import PrefillStats, SchedulerStats
 
 from engine.load import Ledger, Pace
+from engine.ports import free_ports
 from engine.protocol import (
     BlockChanges,
     EngineGoneError,
@@ -135,6 +136,21 @@ def engine_arguments(config: VllmEngineConfig) -> AsyncEngineArgs:
     return AsyncEngineArgs(**arguments)
 
 
+@contextlib.contextmanager
+def _variables(variables: Mapping[str, str]) -> Iterator[None]:
+    """Environment variables for processes that start in this context; other children must not inherit an engine's."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
 def _runs_in_engine_core(config: VllmEngineConfig) -> bool:
     """Whether a CPU engine's model runs in its EngineCore process; several ranks need a process each."""
     arguments = config.engine_args
@@ -162,9 +178,13 @@ class VllmEngine:
         """
         return cls(config, *await asyncio.to_thread(cls._start, config))
 
+    @classmethod
+    def _start(cls, config: VllmEngineConfig) -> tuple[AsyncMPClient, EngineInfo]:
+        with _variables(environment(config, free_ports(config.host)[0])):
+            return cls._start_processes(config)
+
     @staticmethod
-    def _start(config: VllmEngineConfig) -> tuple[AsyncMPClient, EngineInfo]:
-        os.environ.update(environment(config, _free_port(config.host)))
+    def _start_processes(config: VllmEngineConfig) -> tuple[AsyncMPClient, EngineInfo]:
         vllm_config = engine_arguments(config).create_engine_config(UsageContext.ENGINE_CONTEXT)
         if vllm_config.kv_events_config is None or not vllm_config.kv_events_config.enable_kv_cache_events:
             raise ValueError("Baton needs the engine's KV-cache events; take kv_events_config out of engine.extra_args")
@@ -420,9 +440,3 @@ def _kv_block_bytes(model: Any, parallel: Any, cache: Any) -> int:
     bytes_per_value = dtype.itemsize if dtype is not None else 1
     heads = model.get_total_num_kv_heads()
     return 2 * model.get_total_num_hidden_layers() * heads * model.get_head_size() * bytes_per_value * cache.block_size
-
-
-def _free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return probe.getsockname()[1]

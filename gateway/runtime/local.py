@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 import psutil
 
+from engine.ports import free_ports
 from gateway.runtime import events, processes
 from gateway.runtime.environment import LOOPBACK, RunPaths, environment, open_files_needed, variables
 from gateway.settings import Settings
@@ -116,7 +117,7 @@ class LocalRun:
             self.settings,
             self.paths,
             str(self.owner),
-            fallback_port=_free_port(),
+            fallback_port=free_ports(LOOPBACK)[0],
             cores=os.cpu_count() or 1,
             open_files=_raised_open_files(open_files_needed(self.settings)),
         )
@@ -207,9 +208,3 @@ def _raised_open_files(needed: int) -> int:
     if target > soft:
         resource.setrlimit(resource.RLIMIT_NOFILE, (target, hard))
     return max(soft, target)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        return int(probe.getsockname()[1])

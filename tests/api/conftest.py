@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ import httpx
 import pytest
 import yaml
 
+from engine.ports import free_ports
 from tests.api.live import MAX_BODY_BYTES, Live
 
 ROOT = Path(__file__).parents[2]
@@ -41,7 +41,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
         server.close()
         return
     folder = tmp_path_factory.mktemp("baton")
-    port = _free_port()
+    port = free_ports("127.0.0.1")[0]
     config = folder / "config.yaml"
     config.write_text(yaml.safe_dump(_config()))
     log_path = folder / "serve.log"
@@ -95,9 +95,3 @@ def _wait_until_ready(process: subprocess.Popen, url: str, log_path: Path) -> No
         except (httpx.HTTPError, ValueError):
             pass
         time.sleep(0.25)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -234,6 +234,8 @@ def test_every_engine_computes_on_the_core_it_was_given(split):
     for replica_id, core in (("prefill-0", 0), ("decode-0", 1)):
         cores = [os.sched_getaffinity(pid) for pid in split.info(replica_id).pids if is_engine(pid)]
         assert cores == [{core}], f"{replica_id} runs on {cores}"
+    # What this process starts next must not be bound to an engine's core.
+    assert not {"GOMP_CPU_AFFINITY", "OMP_NUM_THREADS"} & set(os.environ)
 
 
 def is_engine(pid: int) -> bool:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.systems import Command, LocalSystem, Recipe, StartFailed, check_comparable, flags, free_ports, make_system
+from bench.systems import Command, LocalSystem, Recipe, StartFailed, check_comparable, flags, make_system
+from engine.ports import free_ports
 from gateway.runtime import processes
 from gateway.settings import load
 
@@ -51,7 +52,7 @@ def test_stopping_ends_children_in_sessions_of_their_own_and_removes_the_folder(
 
     def recipe(folder: Path) -> Recipe:
         folders.append(folder)
-        (port,) = free_ports(1)
+        (port,) = free_ports("127.0.0.1")
         url = f"http://127.0.0.1:{port}"
         return Recipe(url, ((command(SERVER, str(port), ready_url=url),),))
 
