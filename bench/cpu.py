@@ -3,11 +3,13 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 
 import psutil
 
 from gateway.runtime.processes import ProcessId
 
+_REPOSITORY = f"{Path(__file__).resolve().parents[1]}/"
 TITLE_CHARACTERS = 80
 
 
@@ -77,7 +79,9 @@ def read(processes: Iterable[ProcessId]) -> dict[ProcessId, ProcessCpu]:
             times = process.cpu_times()
         except psutil.Error:
             continue
-        found[id] = ProcessCpu(role_of(title), title[:TITLE_CHARACTERS], times.user + times.system)
+        # A report that is passed on should not tell where this machine keeps its files.
+        shown = title.replace(_REPOSITORY, "")[:TITLE_CHARACTERS]
+        found[id] = ProcessCpu(role_of(title), shown, times.user + times.system)
     return found
 
 

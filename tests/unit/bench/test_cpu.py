@@ -1,6 +1,7 @@
 """CPU by role: which part a process is, and what was used between two readings."""
 
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
@@ -67,3 +68,11 @@ def test_a_machine_is_busy_when_it_neither_idles_nor_waits_for_disks(monkeypatch
     times = SimpleNamespace(user=1, nice=2, system=4, idle=8, iowait=16, irq=32, softirq=64, steal=128)
     monkeypatch.setattr(psutil, "cpu_times", lambda: times)
     assert machine_busy_s() == 1 + 2 + 4 + 32 + 64 + 128
+
+
+def test_a_title_does_not_tell_where_the_repository_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(__file__).resolve().parents[3]
+    command = [f"{root}/.venv/bin/python", "-m", "gateway.cli", "serve", f"{root}/configs/local.yaml"]
+    monkeypatch.setattr(psutil.Process, "cmdline", lambda _self: command)
+    me = processes.this_process()
+    assert read([me])[me].title == ".venv/bin/python -m gateway.cli serve configs/local.yaml"
