@@ -8,6 +8,8 @@ from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any
 
+import numpy as np
+
 from bench.cpu import RoleSeconds
 
 
@@ -75,11 +77,7 @@ def percentile(values: Sequence[float], percent: float) -> float:
     """Linear interpolation between the closest ranks (Hyndman and Fan 1996, type 7). Raises ValueError if empty."""
     if not values:
         raise ValueError("a percentile needs at least one value")
-    ordered = sorted(values)
-    rank = (len(ordered) - 1) * percent / 100
-    low = math.floor(rank)
-    high = math.ceil(rank)
-    return ordered[low] + (ordered[high] - ordered[low]) * (rank - low)
+    return float(np.percentile(values, percent))
 
 
 def percentiles(values: Sequence[float]) -> Percentiles:

@@ -257,7 +257,7 @@ def _vllm_server(
 ) -> Command:
     """A vLLM server with Baton's engine settings (`is_equal`), or with vLLM's own and the cores bound vLLM's way."""
     # vLLM and Ray take seconds to import, and options are checked before.
-    from engine.vllm_engine import VllmEngineConfig, engine_arguments
+    from engine.vllm_engine import engine_arguments
     from engine.vllm_engine import environment as engine_environment
     from gateway.app import engine_spec
 
@@ -265,19 +265,7 @@ def _vllm_server(
     pool = settings.pools.prefill if phase is Phase.PREFILL else settings.pools.decode
     cores = _cores(pool)
     if is_equal:
-        config = VllmEngineConfig(
-            replica_id="bench",
-            model=spec.model,
-            phase=phase,
-            engine_args=spec.engine_args,
-            device=spec.device,
-            cpu_cores=tuple(cores),
-            host=LOOPBACK,
-            lease_s=spec.lease_s,
-            progress_thread_delay_us=spec.progress_thread_delay_us,
-            ucx_tls=spec.ucx_tls,
-            env=spec.env,
-        )
+        config = dataclasses.replace(spec, phase=phase).engine_config("bench", cores, LOOPBACK)
         arguments = {name: value for name, value in _given(engine_arguments(config)).items() if name not in _REPORTING}
         engine_env = engine_environment(config, side_channel_port)
     else:

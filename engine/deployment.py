@@ -2,9 +2,9 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import ray
@@ -12,6 +12,9 @@ from ray import serve
 
 from engine.protocol import EngineRequest, InvalidEngineRequestError, KVHandoff, Phase
 from engine.worker import Worker
+
+if TYPE_CHECKING:
+    from engine.vllm_engine import VllmEngineConfig
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,25 @@ class EngineSpec:
     ucx_tls: str | None = None
     env: dict[str, str] = field(default_factory=dict)
 
+    def engine_config(self, replica_id: str, cpu_cores: Sequence[int], host: str) -> "VllmEngineConfig":
+        """One replica's engine; `host` is the address of its node."""
+        # vLLM takes seconds to import, and whoever only describes a deployment has no use for it.
+        from engine.vllm_engine import VllmEngineConfig
+
+        return VllmEngineConfig(
+            replica_id=replica_id,
+            model=self.model,
+            phase=self.phase,
+            engine_args=self.engine_args,
+            device=self.device,
+            cpu_cores=tuple(cpu_cores),
+            host=host,
+            lease_s=self.lease_s,
+            progress_thread_delay_us=self.progress_thread_delay_us,
+            ucx_tls=self.ucx_tls,
+            env=self.env,
+        )
+
 
 class WorkerReplica:
     """A Ray Serve replica around one worker. Subclasses name the worker's class.
@@ -38,27 +60,14 @@ class WorkerReplica:
     worker_class: type[Worker]
 
     async def __init__(self, spec: EngineSpec) -> None:
-        from engine.vllm_engine import VllmEngine, VllmEngineConfig
+        from engine.vllm_engine import VllmEngine
 
         context = serve.get_replica_context()
         self._replica_id = context.replica_tag
         cores = spec.cpu_cores[context.rank.local_rank] if spec.cpu_cores else []
         logging.getLogger("ray.serve").info("starting the engine of %s on cores %s", self._replica_id, cores or "any")
-        engine = await VllmEngine.start(
-            VllmEngineConfig(
-                replica_id=self._replica_id,
-                model=spec.model,
-                phase=spec.phase,
-                engine_args=spec.engine_args,
-                device=spec.device,
-                cpu_cores=tuple(cores),
-                host=ray.util.get_node_ip_address(),
-                lease_s=spec.lease_s,
-                progress_thread_delay_us=spec.progress_thread_delay_us,
-                ucx_tls=spec.ucx_tls,
-                env=spec.env,
-            )
-        )
+        host = ray.util.get_node_ip_address()
+        engine = await VllmEngine.start(spec.engine_config(self._replica_id, cores, host))
         self._worker = self.worker_class(self._replica_id, engine)
 
     async def hello(self) -> str:

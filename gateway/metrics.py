@@ -10,7 +10,7 @@ BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 
 
 STAGE = Histogram(
     "baton_stage_seconds",
-    "Time of a request in one stage; docs/architecture.md says what each is",
+    "Time of a request in one stage, named as in its receipt (times_ms)",
     ["stage"],
     buckets=BUCKETS_S,
 )

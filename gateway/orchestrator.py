@@ -128,7 +128,7 @@ class Orchestrator:
         self._transport = transport
         self._policy = policy
         self._config = config
-        self._closed_receipt = closed
+        self._on_closed = closed
         self._clock = clock
         self._wall_clock = wall_clock
         self._new_seed = new_seed
@@ -290,7 +290,7 @@ class Orchestrator:
             assert group.receipt is not None
             receipt = dataclasses.replace(group.receipt, outcome=self._outcome(group))
             self.receipts.put(receipt)
-            self._closed_receipt(receipt)
+            self._on_closed(receipt)
         self._let_go_of_leavers()
 
     def _start_others(self, group: Group) -> None:

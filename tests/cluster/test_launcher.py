@@ -15,6 +15,7 @@ import httpx
 import psutil
 import pytest
 
+from engine.ports import free_ports
 from gateway.runtime import processes
 from gateway.runtime.local import base_dir
 
@@ -99,9 +100,7 @@ def config(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return free_ports("127.0.0.1")[0]
 
 
 @pytest.fixture

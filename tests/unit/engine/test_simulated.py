@@ -33,28 +33,11 @@ from engine.simulated import (
 )
 from engine.simulated_blocks import Block, BlockPool
 from tests.engine.contract import Answer, Collector, EngineContract
+from tests.unit.simulated_config import BLOCK as B
+from tests.unit.simulated_config import CONFIG, LATENCY
 from tests.unit.virtual_time import simulate
 
-B = 8
 SLOW_IS_FINE = [HealthCheck.too_slow]
-LATENCY = LatencyModel(
-    prefill_s_per_token=0.001,
-    prefill_fixed_s=0.01,
-    decode_step_s=0.02,
-    decode_s_per_request=0.002,
-    handoff_fixed_s=0.05,
-    handoff_s_per_block=0.004,
-)
-CONFIG = SimulatedEngineConfig(
-    model="simulated-model",
-    max_model_len=256,
-    block_size_tokens=B,
-    num_kv_blocks=64,
-    max_num_seqs=8,
-    max_num_batched_tokens=64,
-    seed=1,
-    latency=LATENCY,
-)
 
 
 def random_prompt(n_tokens: int, seed: int) -> list[int]:

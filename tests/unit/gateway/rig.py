@@ -19,36 +19,19 @@ from engine.protocol import (
     WorkerReport,
 )
 from engine.reports import LOAD_INTERVAL_S
-from engine.simulated import LatencyModel, SimulatedEngine, SimulatedEngineConfig, SimulatedFabric, expected_answer
+from engine.simulated import SimulatedEngine, SimulatedEngineConfig, SimulatedFabric, expected_answer
 from engine.worker import Worker
 from gateway.orchestrator import Group, Orchestrator, OrchestratorConfig, SequenceRequest
 from gateway.routing.policies import least_tokens
 from gateway.routing.receipts import Receipt, ReceiptStore
 from gateway.transport import InProcessTransport
 from prefill.worker import PrefillWorker
+from tests.unit.simulated_config import BLOCK, CONFIG
 from tests.unit.virtual_time import now_s
 
-BLOCK = 8
 PATIENCE_S = 10.0
 HANDOFF_TIMEOUT_S = 3.0
 CREATED_S = 1_700_000_000.0
-CONFIG = SimulatedEngineConfig(
-    model="simulated-model",
-    max_model_len=256,
-    block_size_tokens=BLOCK,
-    num_kv_blocks=64,
-    max_num_seqs=8,
-    max_num_batched_tokens=64,
-    seed=1,
-    latency=LatencyModel(
-        prefill_s_per_token=0.001,
-        prefill_fixed_s=0.01,
-        decode_step_s=0.02,
-        decode_s_per_request=0.002,
-        handoff_fixed_s=0.05,
-        handoff_s_per_block=0.004,
-    ),
-)
 PROMPT = [random.Random(1).randrange(32_000) for _ in range(5 * BLOCK + 3)]
 OTHER_PROMPT = [random.Random(2).randrange(32_000) for _ in range(5 * BLOCK + 3)]
 

@@ -12,7 +12,8 @@ from engine.reports import LOAD_INTERVAL_S
 from gateway.cluster import Cluster, Replica
 from gateway.routing.policies import least_tokens, place
 from gateway.routing.types import ReplicaView
-from tests.unit.gateway.rig import BLOCK, CONFIG, OTHER_PROMPT, PROMPT, Gateway, Rig
+from tests.unit.gateway.rig import OTHER_PROMPT, PROMPT, Gateway, Rig
+from tests.unit.simulated_config import BLOCK, CONFIG
 from tests.unit.virtual_time import now_s, simulate
 
 INFO = EngineInfo("simulated", "model", 256, 8, 64, 1024, [])

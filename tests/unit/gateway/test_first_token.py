@@ -7,7 +7,8 @@ import pytest
 
 from engine.protocol import FinishReason, WorkerReport
 from engine.simulated import TokenRule
-from tests.unit.gateway.rig import BLOCK, CONFIG, PROMPT, Rig, answer_to, until
+from tests.unit.gateway.rig import PROMPT, Rig, answer_to, until
+from tests.unit.simulated_config import BLOCK, CONFIG
 from tests.unit.virtual_time import now_s, simulate
 
 PREFILL_S = 0.01 + 0.001 * len(PROMPT)

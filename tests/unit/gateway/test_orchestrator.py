@@ -23,8 +23,6 @@ from gateway.orchestrator import PlacementRejected
 from gateway.routing.policies import least_tokens, place
 from gateway.transport import ReplicaGoneError
 from tests.unit.gateway.rig import (
-    BLOCK,
-    CONFIG,
     CREATED_S,
     HANDOFF_TIMEOUT_S,
     OTHER_PROMPT,
@@ -34,6 +32,7 @@ from tests.unit.gateway.rig import (
     answer_to,
     until,
 )
+from tests.unit.simulated_config import BLOCK, CONFIG
 from tests.unit.virtual_time import now_s, simulate
 
 # -- answers
