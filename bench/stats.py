@@ -42,6 +42,8 @@ class Exchange:
     chunks: tuple[Chunk, ...]
     token_ids: tuple[int, ...]
     error: str | None = None
+    num_events: int = 0
+    """Server-sent events that carried tokens; those that were read together count one each."""
 
     @property
     def is_streamed(self) -> bool:
@@ -71,6 +73,8 @@ class Figures:
     client_cpu_s_per_1000_tokens: float
     other_cores: float
     """CPU that neither the system nor the client used, per second: above a few hundredths, something else ran."""
+    tokens_per_event: float
+    """1 from a front end that keeps up; one that falls behind its engines puts what has gathered into one event."""
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
@@ -127,6 +131,7 @@ def figures(
         outside_engine_cpu_s_per_1000_tokens=cpu_s.outside_engine_s * 1000 / num_tokens,
         client_cpu_s_per_1000_tokens=client_cpu_s * 1000 / num_tokens,
         other_cores=(machine_cpu_s - cpu_s.engine_s - cpu_s.outside_engine_s - client_cpu_s) / window_s,
+        tokens_per_event=num_tokens / sum(exchange.num_events for exchange in good),
     )
 
 
@@ -153,6 +158,8 @@ class Metric(StrEnum):
     ITL = "ITL p50"
     THROUGHPUT = "tokens/s"
     OUTSIDE_ENGINE_CPU = "CPU outside engines per 1,000 tokens"
+    EVENTS = "events/s"
+    EVENT_CPU = "CPU outside engines per 1,000 events"
 
     def of(self, figures: Figures) -> float:
         match self:
@@ -164,10 +171,14 @@ class Metric(StrEnum):
                 return figures.tokens_per_s
             case Metric.OUTSIDE_ENGINE_CPU:
                 return figures.outside_engine_cpu_s_per_1000_tokens
+            case Metric.EVENTS:
+                return figures.tokens_per_s / figures.tokens_per_event
+            case Metric.EVENT_CPU:
+                return figures.outside_engine_cpu_s_per_1000_tokens * figures.tokens_per_event
 
     @property
     def more_is_better(self) -> bool:
-        return self is Metric.THROUGHPUT
+        return self in (Metric.THROUGHPUT, Metric.EVENTS)
 
 
 @dataclass(frozen=True)
@@ -210,6 +221,15 @@ TARGETS = (
     Target(Metric.OUTSIDE_ENGINE_CPU, 8, "baton", "router-equal", 1.0),
     Target(Metric.OUTSIDE_ENGINE_CPU, 32, "baton", "router-equal", 1.0),
 )
+
+
+SIMULATED_TARGETS = tuple(
+    Target(metric, concurrency, "baton", "bare", limit)
+    for metric, limit in ((Metric.EVENTS, 0.7), (Metric.EVENT_CPU, 1.5))
+    for concurrency in (64, 256)
+)
+"""Of front ends over simulated engines: what Baton adds to vLLM's own, by events and not by tokens, for one that falls
+behind puts several tokens into one. The router passes on what its servers wrote, so it is no baseline here."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Owns the systems that are compared: how each is started, found in the process table, and stopped.
 
-All serve the same model with the same engine arguments on the same cores, both taken from one Baton configuration.
+All serve the same model with the same engine arguments on the same cores, both taken from one Baton configuration; or,
+if that says so, all stand before simulated engines of the same pace.
 """
 
 import dataclasses
@@ -90,6 +91,11 @@ class System(Protocol):
         """Every process of it that lives now."""
         ...
 
+    @property
+    def engine_is_inside(self) -> bool:
+        """Whether a simulated engine shares a process with a server, whose CPU time then holds the engine's."""
+        ...
+
 
 @dataclass(frozen=True)
 class Command:
@@ -116,6 +122,7 @@ class LocalSystem:
     name: str
     make_recipe: Callable[[Path], Recipe]
     start_timeout_s: float
+    engine_is_inside: bool = False
     url: str = ""
     _roots: list[tuple[ProcessId, subprocess.Popen[bytes]]] = field(default_factory=list)
     _folder: Path | None = None
@@ -204,17 +211,48 @@ def bare(settings: Settings, folder: Path, is_equal: bool) -> Recipe:
 
 def router(settings: Settings, folder: Path, is_equal: bool) -> Recipe:
     """vllm-router over one prefill and one decode server. Raises StartFailed if the router cannot be installed."""
-    prefill_port, decode_port, port, metrics_port, *side_channel_ports = free_ports(LOOPBACK, 6)
+    prefill_port, decode_port, *side_channel_ports = free_ports(LOOPBACK, 4)
+    engines = (
+        _vllm_server(settings, folder, Phase.PREFILL, prefill_port, side_channel_ports[0], is_equal),
+        _vllm_server(settings, folder, Phase.DECODE, decode_port, side_channel_ports[1], is_equal),
+    )
+    return _routed(settings, folder, engines, prefill_port, decode_port)
+
+
+def simulated_bare(settings: Settings, config: Path, folder: Path) -> Recipe:
+    """vLLM's front end in one process with a simulated engine."""
+    (port,) = free_ports(LOOPBACK)
+    argv = [sys.executable, "-m", "bench.front_end", str(config.resolve()), str(port)]
+    env = _simulated_environment(settings, folder)
+    return Recipe(_url(port), ((Command("front-end", argv, env, f"{_url(port)}/v1/models"),),))
+
+
+def simulated_router(settings: Settings, config: Path, folder: Path) -> Recipe:
+    """vllm-router over two servers that simulate vLLM's. Raises StartFailed if the router cannot be installed."""
+    prefill_port, decode_port = free_ports(LOOPBACK, 2)
+    env = _simulated_environment(settings, folder)
+    engines = tuple(
+        Command(
+            f"mock-{phase}",
+            [sys.executable, "-m", "bench.mock_engine", str(config.resolve()), str(port)],
+            env,
+            f"{_url(port)}/health",
+        )
+        for phase, port in ((Phase.PREFILL, prefill_port), (Phase.DECODE, decode_port))
+    )
+    return _routed(settings, folder, engines, prefill_port, decode_port)
+
+
+def _routed(
+    settings: Settings, folder: Path, engines: tuple[Command, ...], prefill_port: int, decode_port: int
+) -> Recipe:
+    port, metrics_port = free_ports(LOOPBACK, 2)
     executable = _router_executable()
     env = _peer_environment(settings, folder)
     del env["PYTHONPATH"]  # it has packages of its own
     argv = [str(executable), "--vllm-pd-disaggregation", "--prefill", _url(prefill_port), "--decode", _url(decode_port)]
     argv += ["--kv-connector", "nixl", "--policy", "round_robin", "--host", LOOPBACK, "--port", str(port)]
     argv += ["--prometheus-port", str(metrics_port)]
-    engines = (
-        _vllm_server(settings, folder, Phase.PREFILL, prefill_port, side_channel_ports[0], is_equal),
-        _vllm_server(settings, folder, Phase.DECODE, decode_port, side_channel_ports[1], is_equal),
-    )
     return Recipe(_url(port), (engines, (Command("vllm-router", argv, env, f"{_url(port)}/v1/models"),)))
 
 
@@ -226,6 +264,7 @@ def baton(config: Path) -> Recipe:
 
 
 SYSTEM_NAMES = ("bare", "router-stock", "router-equal", "baton", "bare-equal")
+SIMULATED_SYSTEM_NAMES = ("bare", "router", "baton")
 
 
 def make_system(name: str, settings: Settings, config: Path) -> System:
@@ -237,13 +276,29 @@ def make_system(name: str, settings: Settings, config: Path) -> System:
         "router-equal": lambda folder: router(settings, folder, is_equal=True),
         "baton": lambda _folder: baton(config),
     }
+    if settings.simulation is not None:
+        recipes = {
+            "bare": lambda folder: simulated_bare(settings, config, folder),
+            "router": lambda folder: simulated_router(settings, config, folder),
+            "baton": lambda _folder: baton(config),
+        }
     if name not in recipes:
-        raise ValueError(f"there is no system {name}; choose from {', '.join(SYSTEM_NAMES)}")
-    return LocalSystem(name, recipes[name], settings.runtime.start_timeout_s)
+        names = SYSTEM_NAMES if settings.simulation is None else SIMULATED_SYSTEM_NAMES
+        raise ValueError(f"there is no system {name}; choose from {', '.join(names)}")
+    engine_is_inside = settings.simulation is not None and name != "router"
+    return LocalSystem(name, recipes[name], settings.runtime.start_timeout_s, engine_is_inside)
+
+
+def check_simulated(settings: Settings) -> None:
+    """Raises ValueError unless the configuration is one simulated engine."""
+    if settings.simulation is None or settings.pools.decode.replicas != 1:
+        raise ValueError("the systems stand before one simulated engine each; use configs/simulated.yaml")
 
 
 def check_comparable(settings: Settings) -> None:
     """Raises ValueError unless the configuration is one prefill and one decode engine on cores of their own."""
+    if settings.simulation is not None:
+        raise ValueError("this configuration simulates its engines; pass --engine simulated, or configs/local.yaml")
     for name, pool in (("prefill", settings.pools.prefill), ("decode", settings.pools.decode)):
         if pool.replicas != 1 or pool.device != "cpu" or not pool.cpu_cores:
             raise ValueError(
@@ -320,6 +375,12 @@ def _peer_environment(settings: Settings, folder: Path) -> dict[str, str]:
     return environment([variable for variable in table if variable.name in _PEER_VARIABLES], os.environ) | {
         "TMPDIR": str(folder)
     }
+
+
+def _simulated_environment(settings: Settings, folder: Path) -> dict[str, str]:
+    """A peer's, with the BATON_* settings: these processes read the configuration, and must read it as we did."""
+    own = {name: value for name, value in os.environ.items() if name.startswith("BATON_") and name != RUN_MARKER}
+    return _peer_environment(settings, folder) | own
 
 
 def _router_executable() -> Path:

@@ -1,16 +1,20 @@
 """Owns what the Ray Serve deployments of both pools share: how a replica starts its engine and answers calls."""
 
 import asyncio
+import gc
 import logging
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import ray
 from ray import serve
 
-from engine.protocol import EngineRequest, InvalidEngineRequestError, KVHandoff, Phase
+from engine.link import LinkServer
+from engine.protocol import Engine, Phase
+from engine.simulated import SimulatedEngine, SimulatedEngineConfig, SimulatedFabric
+from engine.vocabulary import plain_tokens
 from engine.worker import Worker
 
 if TYPE_CHECKING:
@@ -19,7 +23,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """What the replicas of one pool are started with; each replica adds its own id, node address and cores."""
+    """What the replicas of one pool are started with; each replica adds its own id, node address and cores.
+
+    With `simulation` the engines are simulated, and of the rest only `model` counts: its tokenizer.
+    """
 
     model: str
     phase: Phase | None
@@ -30,6 +37,18 @@ class EngineSpec:
     progress_thread_delay_us: int = 100
     ucx_tls: str | None = None
     env: dict[str, str] = field(default_factory=dict)
+    simulation: SimulatedEngineConfig | None = None
+
+    def simulated_config(self) -> SimulatedEngineConfig:
+        """With the vocabulary of the model's tokenizer. Raises ValueError when that cannot be used."""
+        assert self.simulation is not None
+        rule = replace(self.simulation.token_rule, vocabulary=plain_tokens(self.model))
+        return replace(self.simulation, token_rule=rule)
+
+    def simulated_engine(self, replica_id: str) -> SimulatedEngine:
+        """Starts one replica's simulated engine. Raises ValueError as `simulated_config` does."""
+        # Hand-offs stay within a fabric, and a fabric within a process: `gateway.settings` refuses split pools.
+        return SimulatedEngine(replica_id, self.simulated_config(), SimulatedFabric())
 
     def engine_config(self, replica_id: str, cpu_cores: Sequence[int], host: str) -> "VllmEngineConfig":
         """One replica's engine; `host` is the address of its node."""
@@ -51,57 +70,59 @@ class EngineSpec:
         )
 
 
+def freeze_heap() -> None:
+    """Leaves what has been loaded so far out of garbage collections, which else take a fifth of the CPU of a token."""
+    gc.collect()
+    gc.freeze()
+
+
 class WorkerReplica:
     """A Ray Serve replica around one worker. Subclasses name the worker's class.
 
-    Requests cross as MessagePack bytes. A refusal is answered, not raised: Ray would wrap an exception.
+    Serve starts it, tells gateways of it and stops it; what gateways and worker have to say to each other goes over
+    links of their own (`engine.link`).
     """
 
     worker_class: type[Worker]
 
     async def __init__(self, spec: EngineSpec) -> None:
-        from engine.vllm_engine import VllmEngine
-
         context = serve.get_replica_context()
         self._replica_id = context.replica_tag
-        cores = spec.cpu_cores[context.rank.local_rank] if spec.cpu_cores else []
-        logging.getLogger("ray.serve").info("starting the engine of %s on cores %s", self._replica_id, cores or "any")
         host = ray.util.get_node_ip_address()
-        engine = await VllmEngine.start(spec.engine_config(self._replica_id, cores, host))
+        engine = await self._start_engine(spec, context.rank.local_rank, host)
         self._worker = self.worker_class(self._replica_id, engine)
+        self._links = await LinkServer.start(self._worker, host)
+        freeze_heap()
+
+    async def _start_engine(self, spec: EngineSpec, rank: int, host: str) -> Engine:
+        """`rank` tells the replicas of one node apart."""
+        log = logging.getLogger("ray.serve")
+        if spec.simulation is not None:
+            log.warning("the engine of %s is simulated: it computes nothing", self._replica_id)
+            return spec.simulated_engine(self._replica_id)
+        from engine.vllm_engine import VllmEngine
+
+        cores = spec.cpu_cores[rank] if spec.cpu_cores else []
+        log.info("starting the engine of %s on cores %s", self._replica_id, cores or "any")
+        return await VllmEngine.start(spec.engine_config(self._replica_id, cores, host))
 
     async def hello(self) -> str:
         """Any replica's id: makes a caller's router learn the pool."""
         return self._replica_id
 
-    async def attach(self, gateway_id: str, target: str) -> AsyncIterator[bytes]:
-        encoder = msgspec.msgpack.Encoder()
-        async for report in self._worker.attach(gateway_id):
-            yield encoder.encode(report)
-
-    async def submit(self, gateway_id: str, request: bytes, target: str) -> str | None:
+    async def ticket(self, gateway_id: str, target: str) -> bytes:
+        """A `Ticket`, MessagePack: it lets this gateway open its link. Raises RuntimeError if `target` is another."""
         if target != self._replica_id:
-            return f"this is {self._replica_id}, not {target}"
-        try:
-            await self._worker.submit(gateway_id, msgspec.msgpack.decode(request, type=EngineRequest))
-        except InvalidEngineRequestError as error:
-            return str(error)
-        return None
-
-    async def abort(self, gateway_id: str, request_ids: list[str], target: str) -> None:
-        await self._worker.abort(gateway_id, request_ids)
-
-    async def release(self, request_id: str, handoff: bytes, target: str) -> str | None:
-        try:
-            await self._worker.release(request_id, msgspec.msgpack.decode(handoff, type=KVHandoff))
-        except InvalidEngineRequestError as error:
-            return str(error)
-        return None
+            raise RuntimeError(f"this is {self._replica_id}, not {target}")
+        return msgspec.msgpack.encode(self._links.ticket(gateway_id))
 
     async def check_health(self) -> None:
         if self._worker.failure:
             raise self._worker.failure
 
     async def __del__(self) -> None:
+        # Serve waits for calls only, and bounds this with the drain's limit.
+        if (links := getattr(self, "_links", None)) is not None and not self._worker.failure:
+            await links.drained()
         if worker := getattr(self, "_worker", None):
             await asyncio.shield(worker.shutdown())

@@ -40,7 +40,9 @@ CLOCK_TOLERANCE_S = 1e-6  # timers may fire a rounding error early; a deadline t
 class LatencyModel:
     """How long steps and hand-offs take: straight lines. It is a model and not a measurement.
 
-    A sequence that computes more than one token in a step counts as prefill there, otherwise as decode.
+    A sequence that computes more than one token in a step counts as prefill there, otherwise as decode. Between two of
+    its tokens a sequence rests until `decode_interval_s` is over: many streams then share the steps evenly, and each
+    is as slow as a client sees it at a large engine.
     """
 
     prefill_s_per_token: float
@@ -49,6 +51,7 @@ class LatencyModel:
     decode_s_per_request: float
     handoff_fixed_s: float
     handoff_s_per_block: float
+    decode_interval_s: float = 0.0
 
     def step_s(self, num_prefill_tokens: int, num_decode_requests: int) -> float:
         prefill_s = self.prefill_fixed_s + self.prefill_s_per_token * num_prefill_tokens if num_prefill_tokens else 0.0
@@ -61,13 +64,19 @@ class LatencyModel:
 
 @dataclass(frozen=True)
 class TokenRule:
-    """A hash of the context picks the next token from `vocabulary`; a token of `stop_token_ids` ends the answer."""
+    """A hash of the context picks the next token from `vocabulary`; a token of `stop_token_ids` ends the answer.
+
+    With `clock_tick_s` the loop's clock picks it instead, so that a token tells when it was written: the answer then
+    says nothing about the blocks.
+    """
 
     vocabulary: Sequence[int] = range(32_000)
     stop_token_ids: frozenset[int] = frozenset()
+    clock_tick_s: float | None = None
 
-    def pick(self, digest: bytes) -> int:
-        return self.vocabulary[int.from_bytes(digest, "big") % len(self.vocabulary)]
+    def pick(self, digest: bytes, now_s: float) -> int:
+        number = int.from_bytes(digest, "big") if self.clock_tick_s is None else int(now_s / self.clock_tick_s)
+        return self.vocabulary[number % len(self.vocabulary)]
 
 
 @dataclass(frozen=True)
@@ -97,11 +106,11 @@ class SimulatedEngineConfig:
 
 
 def expected_answer(config: SimulatedEngineConfig, prompt_token_ids: Sequence[int], num_tokens: int) -> list[int]:
-    """What every simulated engine with this seed and rule writes after a prompt, stop tokens aside."""
+    """What every simulated engine with this seed and rule writes after a prompt, stop tokens and clocks aside."""
     context = _new_context(config.seed, [array("I", prompt_token_ids).tobytes()])
     answer: list[int] = []
     for _ in range(num_tokens):
-        answer.append(config.token_rule.pick(context.digest()))
+        answer.append(config.token_rule.pick(context.digest(), now_s=0.0))
         context.update(array("I", answer[-1:]).tobytes())
     return answer
 
@@ -148,6 +157,7 @@ class _Sequence:
     submitted_s: float = 0.0
     scheduled_s: float | None = None
     pull_end_s: float = 0.0
+    due_s: float = 0.0
     context: Any = None
 
     @property
@@ -335,8 +345,9 @@ class SimulatedEngine:
         self._news.set()
 
     async def _rest(self) -> None:
-        """Waits for a call, an arriving pull or the end of a lease."""
+        """Waits for a call, an arriving pull, the end of a lease, or a sequence that is due again."""
         ends = [s.pull_end_s for s in self._pulling] + [p.lease_end_s for p in self._pinned.values()]
+        ends += [s.due_s for s in self._running[:1]]
         next_s = min(ends, default=math.inf)
         try:
             async with asyncio.timeout_at(next_s if next_s < math.inf else None):
@@ -358,6 +369,8 @@ class SimulatedEngine:
         budget = self._config.max_num_batched_tokens
         while budget and len(batch) < len(self._running):
             sequence = self._running[len(batch)]
+            if not self._is_over(sequence.due_s):
+                break
             num_tokens = min(budget, sequence.num_uncomputed)
             if not self._make_room(sequence, num_tokens):
                 break
@@ -476,7 +489,7 @@ class SimulatedEngine:
             sequence.context = _new_context(self._config.seed, [block.content for block in sequence.blocks])
         else:
             sequence.context.update(sequence.tokens[start:].tobytes())
-        self._append_token(sequence, self._config.token_rule.pick(sequence.context.digest()))
+        self._append_token(sequence, self._config.token_rule.pick(sequence.context.digest(), self._loop.time()))
 
     def _append_token(self, sequence: _Sequence, token: int) -> None:
         request, facts, handoff, finish, times = sequence.request, None, None, None, None
@@ -504,6 +517,11 @@ class SimulatedEngine:
             self._ledger.ended(request.request_id)
             if handoff is None:
                 self._pool.give_back(sequence.blocks)
+        elif interval_s := self._config.latency.decode_interval_s:
+            # The running sequences stay in the order they are due: this one is now the last.
+            sequence.due_s = (sequence.due_s or self._loop.time()) + interval_s
+            self._running.remove(sequence)
+            self._running.append(sequence)
         stop_reason = token if is_stop else None
         self._emit(TokenDelta(request.request_id, [token], finish, stop_reason, None, facts, handoff, times=times))
 

@@ -24,6 +24,7 @@ from vllm.utils.network_utils import get_open_zmq_ipc_path
 
 from engine.blocks import ChangeLog, NamedBlocks
 from engine.protocol import BlockChanges
+from engine.zmq_reader import ZmqReader
 
 BUFFER_STEPS = 2_000
 """Batches the engine keeps for a replay, and queues for a subscriber that does not read."""
@@ -60,16 +61,18 @@ class CacheEvents:
         self._socket = self._context.socket(zmq.SUB)
         self._socket.subscribe(source.topic)
         self._socket.connect(source.endpoint)
+        self._reader = ZmqReader(zmq.Socket.shadow(self._socket.underlying))
 
     async def changes(self) -> AsyncIterator[BlockChanges]:
         """Endless. Batches that did not arrive are asked for again; if they are lost, everything is forgotten."""
         while True:
-            _, sequence, payload = await self._socket.recv_multipart()
+            _, sequence, payload = await self._reader.recv_multipart()
             await self._take(int.from_bytes(sequence, "big"), payload)
             if changes := self._log.take():
                 yield changes
 
     def close(self) -> None:
+        self._reader.close()
         self._context.destroy(linger=0)
 
     async def _take(self, sequence: int, payload: bytes) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 
 from engine.blocks import BlockMirror
 from engine.load import Ledger
@@ -52,7 +52,7 @@ class Worker:
         """Why this worker can serve no more; None while it is well."""
         return self._failure
 
-    async def attach(self, gateway_id: str) -> AsyncIterator[WorkerReport]:
+    async def attach(self, gateway_id: str) -> AsyncGenerator[WorkerReport, None]:
         """The report stream of one gateway. A second attachment of the same gateway replaces the first."""
         if self._failure:
             raise self._failure

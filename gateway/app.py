@@ -5,15 +5,18 @@ import logging
 import uuid
 from typing import Any
 
+from prometheus_client import Metric
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
 from decode.deployment import DecodeReplica
-from engine.deployment import EngineSpec
+from engine.deployment import EngineSpec, freeze_heap
 from engine.protocol import Phase
+from engine.simulated import LatencyModel, SimulatedEngineConfig, TokenRule
 from gateway import metrics
 from gateway.orchestrator import Orchestrator, OrchestratorConfig
+from gateway.peers_ray import RayPeers
 from gateway.routing.policies import least_tokens
 from gateway.routing.receipts import ReceiptStore
 from gateway.settings import PoolSettings, Settings, load
@@ -22,10 +25,18 @@ from prefill.deployment import PrefillReplica
 
 APP_NAME = "baton"
 
-# Report streams are calls that last as long as their replica, and Serve must never hold a pinned call back.
+# Gateways bound what they take themselves (gateway.max_in_flight_requests), and Serve must never hold a call back.
 MAX_ONGOING_REQUESTS = 100_000
-GRACEFUL_SHUTDOWN_S = 10.0
+DRAIN_CHECK_S = 0.5
+
+# On Serve's other loop each message to a client is handed to another thread, through a queue that nothing bounds
+# (docs/adr/0012). Read when a replica's process starts, so that it holds on any cluster.
+RUNTIME_ENV = {"env_vars": {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}}
 START_RETRIES = 1
+
+# What vLLM takes by default on a server.
+SIMULATED_MAX_NUM_SEQS = 256
+SIMULATED_MAX_NUM_BATCHED_TOKENS = 8192
 
 
 def build(settings: Settings) -> serve.Application:
@@ -37,9 +48,10 @@ def build(settings: Settings) -> serve.Application:
         prefill = _deployment(PrefillReplica, pools.prefill, settings).bind(engine_spec(settings, Phase.PREFILL))
     gateway = Gateway.options(
         num_replicas=settings.gateway.replicas,
-        ray_actor_options={"num_cpus": settings.gateway.num_cpus},
+        ray_actor_options={"num_cpus": settings.gateway.num_cpus, "runtime_env": RUNTIME_ENV},
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
-        graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_S,
+        graceful_shutdown_timeout_s=settings.gateway.drain_timeout_s,
+        graceful_shutdown_wait_loop_s=DRAIN_CHECK_S,
         max_constructor_retry_count=START_RETRIES,
     )
     return gateway.bind(settings.model_dump(mode="json"), decode, prefill)
@@ -79,16 +91,28 @@ class Gateway:
             ),
             closed=metrics.count,
         )
+        context = serve.get_replica_context()
+        self._peers = RayPeers(context.replica_tag, serve.get_deployment_handle(context.deployment, context.app_name))
         # The application is made while the engines load.
         (self._app, self._client), _ = await asyncio.gather(
-            make_app(_server_config(config), self._orchestrator),
+            make_app(server_config(config), self._orchestrator, self._peers),
             transport.connect(config.runtime.start_timeout_s),
         )
         expected = {Phase.DECODE: config.pools.decode.replicas, Phase.PREFILL: config.pools.prefill.replicas}
         await self._orchestrator.start(expected, config.runtime.start_timeout_s)
+        freeze_heap()
 
     def __serve_build_asgi_app__(self) -> Any:
         return self._app
+
+    async def peer_metrics(self, asker: str) -> tuple[str, list[Metric]] | None:
+        """What this replica counts, for another one that is asked for /metrics."""
+        return None if asker == self._peers.own_id else (self._peers.own_id, metrics.collect())
+
+    async def peer_receipt(self, asker: str, request_id: str) -> tuple[str, dict[str, Any] | None] | None:
+        """This replica's receipt as JSON, for another one that does not have it."""
+        found = self._orchestrator.receipts.get(request_id)
+        return None if asker == self._peers.own_id else (self._peers.own_id, found.as_json() if found else None)
 
     async def check_health(self) -> None:
         if self._client.errored:
@@ -101,7 +125,7 @@ class Gateway:
 
 def _deployment(deployment: Any, pool: PoolSettings, settings: Settings) -> Any:
     make_router_config: Any = RequestRouterConfig  # its signature says that every argument is a dict
-    options: dict[str, Any] = {"num_cpus": pool.num_cpus, "num_gpus": pool.gpus_per_replica}
+    options: dict[str, Any] = {"num_cpus": pool.num_cpus, "num_gpus": pool.gpus_per_replica, "runtime_env": RUNTIME_ENV}
     if pool.accelerator_type:
         options["accelerator_type"] = pool.accelerator_type
     if pool.label_selector:
@@ -110,7 +134,8 @@ def _deployment(deployment: Any, pool: PoolSettings, settings: Settings) -> Any:
         num_replicas=pool.replicas,
         ray_actor_options=options,
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
-        graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_S,
+        graceful_shutdown_timeout_s=settings.gateway.drain_timeout_s,
+        graceful_shutdown_wait_loop_s=DRAIN_CHECK_S,
         max_constructor_retry_count=START_RETRIES,
         request_router_config=make_router_config(request_router_class=REQUEST_ROUTER),
     )
@@ -147,10 +172,42 @@ def engine_spec(settings: Settings, phase: Phase) -> EngineSpec:
         progress_thread_delay_us=settings.handoff.progress_thread_delay_us,
         ucx_tls=settings.handoff.ucx_tls,
         env=pool.env,
+        simulation=_simulation(settings, pool),
     )
 
 
-def _server_config(settings: Settings) -> Any:
+def _simulation(settings: Settings, pool: PoolSettings) -> SimulatedEngineConfig | None:
+    """Without the vocabulary, which each replica reads from the model's tokenizer."""
+    simulation, engine = settings.simulation, pool.engine
+    if simulation is None:
+        return None
+    # `Settings` has checked both.
+    assert settings.model.max_model_len is not None
+    assert engine.block_size_tokens is not None
+    return SimulatedEngineConfig(
+        model=settings.model.path,
+        max_model_len=settings.model.max_model_len,
+        block_size_tokens=engine.block_size_tokens,
+        num_kv_blocks=simulation.num_kv_blocks,
+        max_num_seqs=engine.max_num_seqs or SIMULATED_MAX_NUM_SEQS,
+        max_num_batched_tokens=engine.max_num_batched_tokens or SIMULATED_MAX_NUM_BATCHED_TOKENS,
+        seed=simulation.seed,
+        latency=LatencyModel(
+            prefill_s_per_token=simulation.prefill_s_per_token,
+            prefill_fixed_s=simulation.prefill_fixed_s,
+            decode_step_s=simulation.decode_step_s,
+            decode_s_per_request=simulation.decode_s_per_request,
+            handoff_fixed_s=0.0,
+            handoff_s_per_block=0.0,
+            decode_interval_s=simulation.decode_interval_s,
+        ),
+        token_rule=TokenRule(clock_tick_s=simulation.clock_tick_s),
+        lease_s=settings.handoff.lease_s,
+    )
+
+
+def server_config(settings: Settings) -> Any:
+    """The `ServerConfig` of a gateway."""
     from gateway.api.server import ServerConfig
 
     model, gateway = settings.model, settings.gateway

@@ -94,6 +94,8 @@ def status(
     console = _console()
     ready = "ready" if report.get("ready") else "not ready"
     console.print(escape(f"{report.get('model')} at {url}: {ready}, Baton {report.get('version')}"), soft_wrap=True)
+    if simulated := client.simulated_replicas(report):
+        console.print(f"[bold yellow]{launcher.SIMULATED}:[/] {escape(', '.join(sorted(simulated)))}", soft_wrap=True)
     console.print(_status_table(report))
 
 
@@ -145,7 +147,8 @@ def _fail(message: str) -> NoReturn:
 def _print_receipt(console: Console, url: str, request_id: str | None) -> None:
     if request_id is None:
         _fail(f"{url} gave no {client.REQUEST_ID_HEADER} header: it is not a Baton gateway")
-    console.print(escape(client.describe_receipt(client.receipt(url, request_id))), soft_wrap=True)
+    simulated = client.simulated_replicas(client.status(url))
+    console.print(escape(client.describe_receipt(client.receipt(url, request_id), simulated)), soft_wrap=True)
 
 
 def _status_table(report: dict[str, Any]) -> Table:

@@ -1,13 +1,16 @@
 """Owns the command line's conversation with a running gateway: chat over SSE, receipts, status."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import httpx
 
 REQUEST_ID_HEADER = "x-baton-request-id"
+SIMULATED = "simulated"
+"""The kind of an engine without a model (`EngineInfo.kind`)."""
+
 _CONNECT_S = 5.0
 _READ_S = 120.0
 
@@ -88,12 +91,22 @@ def status(url: str) -> dict[str, Any]:
     return _get(url, "/baton/status")
 
 
-def describe_receipt(receipt: dict[str, Any]) -> str:
-    """One placement in a few short lines."""
+def simulated_replicas(status: dict[str, Any]) -> set[str]:
+    """The ids of the replicas whose engines are simulated, of what `status` returned."""
+    replicas = [replica for pool in (status.get("pools") or {}).values() for replica in pool]
+    return {str(replica.get("id")) for replica in replicas if (replica.get("info") or {}).get("kind") == SIMULATED}
+
+
+def describe_receipt(receipt: dict[str, Any], simulated: Collection[str] = ()) -> str:
+    """One placement in a few short lines. `simulated` names the replicas whose engines are."""
     placement = receipt.get("placement") or {}
     outcome = receipt.get("outcome") or {}
-    prefill = placement.get("prefill")
-    route = f"prefill {prefill} -> decode {placement.get('decode')}" if prefill else f"decode {placement.get('decode')}"
+    replicas = [(phase, placement.get(phase)) for phase in ("prefill", "decode")]
+    route = " -> ".join(
+        f"{phase} {replica}{' (simulated)' if replica in simulated else ''}"
+        for phase, replica in replicas
+        if replica or phase == "decode"
+    )
     lines = [f"receipt {receipt.get('request_id')}: {route} (policy {receipt.get('policy')}: {receipt.get('reason')})"]
     ttft_ms = outcome.get("ttft_ms")
     facts = [

@@ -25,6 +25,8 @@ PINS = {"vllm": "0.32.0", "ray": "2.60.0", "nixl": "1.5.1", "torch": "2.13.0"}
 GIB = 1024**3
 ENGINE_BYTES = int(1.6 * GIB)
 """Resident memory of one CPU engine's processes with a small model, without its KV cache; measured."""
+SIMULATED_ENGINE_BYTES = int(0.3 * GIB)
+"""Resident memory of one simulated engine's process, rounded up; measured."""
 GATEWAY_BYTES = int(1.5 * GIB)
 """Resident memory of one gateway replica and the Ray runtime; measured."""
 SHM_BYTES = 512 * 1024 * 1024
@@ -83,6 +85,14 @@ class MachineFacts:
     left_over: str | None = None
 
 
+_SIMULATED = Check(
+    "engines",
+    Outcome.WARN,
+    "simulated: no model is run, and no figure is a figure of one",
+    "remove `simulation` to run real engines",
+)
+
+
 # Deciding
 
 
@@ -116,8 +126,7 @@ def check_configuration(facts: MachineFacts, settings: Settings) -> list[Check]:
     """Whether this machine can run this configuration."""
     pools = {"prefill": settings.pools.prefill, "decode": settings.pools.decode}
     return [
-        *_check_devices(facts, pools),
-        _check_cores(facts, settings),
+        *([_SIMULATED] if settings.simulation else [*_check_devices(facts, pools), _check_cores(facts, settings)]),
         _check_memory(facts, settings),
         _check_shm(facts, settings),
         _check_open_files(facts, settings),
@@ -202,6 +211,8 @@ def _check_cores(facts: MachineFacts, settings: Settings) -> Check:
 def memory_needed_bytes(settings: Settings) -> int:
     """Memory of the machine that the configuration takes: CPU engines with their KV cache, gateway, Ray."""
     needed = settings.gateway.replicas * GATEWAY_BYTES + settings.runtime.object_store_mb * 1024 * 1024
+    if settings.simulation is not None:
+        return needed + settings.pools.decode.replicas * SIMULATED_ENGINE_BYTES
     for pool in (settings.pools.prefill, settings.pools.decode):
         kv_cache_bytes = (pool.engine.kv_cache_gib or 0) * GIB if pool.device == "cpu" else 0
         needed += pool.replicas * (ENGINE_BYTES + int(kv_cache_bytes))
@@ -214,7 +225,8 @@ def _check_memory(facts: MachineFacts, settings: Settings) -> Check:
     if facts.memory_available_bytes < needed:
         return Check("memory", Outcome.FAIL, detail, "free some, or lower kv_cache_gib or replicas")
     for name, pool in (("prefill", settings.pools.prefill), ("decode", settings.pools.decode)):
-        if pool.replicas and pool.device == "cpu" and pool.engine.kv_cache_gib is None:
+        takes_what_there_is = pool.device == "cpu" and pool.engine.kv_cache_gib is None
+        if pool.replicas and takes_what_there_is and settings.simulation is None:
             return Check(
                 "memory",
                 Outcome.WARN,
@@ -225,7 +237,8 @@ def _check_memory(facts: MachineFacts, settings: Settings) -> Check:
 
 
 def _check_shm(facts: MachineFacts, settings: Settings) -> Check:
-    needed = (settings.pools.prefill.replicas + settings.pools.decode.replicas) * SHM_BYTES
+    num_engines = 0 if settings.simulation else settings.pools.prefill.replicas + settings.pools.decode.replicas
+    needed = num_engines * SHM_BYTES
     needed += settings.runtime.object_store_mb * 1024 * 1024
     if facts.shm_available_bytes is None:
         return Check("/dev/shm", Outcome.FAIL, "missing", "mount a tmpfs there")
@@ -254,7 +267,7 @@ def _check_model(facts: MachineFacts, settings: Settings) -> list[Check]:
         for name, present in (
             ("config.json", model.has_config),
             ("a tokenizer", model.has_tokenizer),
-            ("weights", model.has_weights or _loads_no_weights(settings)),
+            ("weights", model.has_weights or settings.simulation is not None or _loads_no_weights(settings)),
         )
         if not present
     ]

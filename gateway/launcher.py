@@ -21,6 +21,7 @@ from gateway.runtime.local import LocalRun, StartError, base_dir, check_port
 from gateway.settings import Settings
 
 BUILD = "gateway.app:build"
+SIMULATED = "simulated engines, no model: what they answer means nothing, and no figure is a figure of a model"
 _POLL_S = 0.2
 _ECHO_S = 0.5
 _FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
@@ -94,6 +95,8 @@ def serve(settings: Settings, build: str = BUILD, console: Console | None = None
         check_port(settings.gateway.host, settings.gateway.port)
         run = LocalRun(settings, build, base)
         run.claim()
+        if settings.simulation is not None:
+            out.print(f"[bold yellow]{SIMULATED}[/]")
         run.start()
         _wait_until_ready(run, out)
         ready = True
@@ -259,11 +262,15 @@ def _welcome(settings: Settings, run: LocalRun, console: Console, demo: bool) ->
                     console.print(escape(piece), end="", soft_wrap=True)
             console.print()
             if receipt_id is not None:
-                console.print(f"[dim]{escape(client.describe_receipt(client.receipt(url, receipt_id)))}[/]")
+                simulated = client.simulated_replicas(client.status(url)) if settings.simulation else ()
+                described = client.describe_receipt(client.receipt(url, receipt_id), simulated)
+                console.print(f"[dim]{escape(described)}[/]")
         except client.GatewayError as error:
             console.print(f"[yellow]the demo request failed:[/] {escape(str(error))}", soft_wrap=True)
     body = f'{{"model": "{settings.model_name}", "stream": true, "messages": [{{"role": "user", "content": "Hello"}}]}}'
     console.print(f"\nBaton serves [bold]{escape(settings.model_name)}[/] at [bold]{url}/v1[/] (Ctrl-C stops it)")
+    if settings.simulation is not None:
+        console.print(f"[bold yellow]{SIMULATED}[/]", soft_wrap=True)
     console.print(
         escape(f"try: curl -N {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'"),
         soft_wrap=True,

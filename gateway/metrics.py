@@ -1,10 +1,11 @@
-"""Owns Baton's Prometheus metrics: where requests' time went and what became of them, counted as receipts close."""
+"""Owns Baton's Prometheus metrics of this process: where requests' time went and what became of them."""
 
 from dataclasses import fields
 
-from prometheus_client import Counter, Histogram
+from prometheus_client import REGISTRY, Counter, Histogram, Metric
 
 from gateway.routing.receipts import Receipt, Times
+from gateway.routing.types import Rejection
 
 BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
@@ -15,7 +16,9 @@ STAGE = Histogram(
     buckets=BUCKETS_S,
 )
 TTFT = Histogram("baton_ttft_seconds", "From the HTTP request's arrival to its first token", buckets=BUCKETS_S)
+DURATION = Histogram("baton_request_seconds", "From the HTTP request's arrival to its last token", buckets=BUCKETS_S)
 REQUESTS = Counter("baton_requests", "Prompts by what became of them", ["status", "split"])
+REJECTIONS = Counter("baton_rejections", "Prompts that were not placed, by what the client was told", ["status"])
 FAULTS = Counter("baton_faults", "Faults met by requests, whether the client noticed or not")
 PROMPT_TOKENS = Counter("baton_prompt_tokens", "Prompt tokens by where they came from", ["source"])
 KV_BYTES = Counter("baton_kv_moved_bytes", "Bytes of KV cache that decode engines fetched from prefill engines")
@@ -31,6 +34,18 @@ def count(receipt: Receipt) -> None:
     KV_BYTES.inc(outcome.kv_bytes_moved)
     if outcome.ttft_ms is not None:
         TTFT.observe(outcome.ttft_ms / 1000)
+    if outcome.duration_ms is not None:
+        DURATION.observe(outcome.duration_ms / 1000)
     for stage in fields(Times):
         if (time_ms := getattr(outcome.times_ms, stage.name)) is not None:
             STAGE.labels(stage.name).observe(time_ms / 1000)
+
+
+def count_rejection(rejection: Rejection) -> None:
+    """Counts a prompt that has no receipt: nothing was placed."""
+    REJECTIONS.labels(str(rejection.status)).inc()
+
+
+def collect() -> list[Metric]:
+    """Everything this process counts, vLLM's metrics included."""
+    return list(REGISTRY.collect())

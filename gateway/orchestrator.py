@@ -1,7 +1,6 @@
 """Owns the requests in flight: it places them, performs the life cycle's actions, and folds what workers report."""
 
 import asyncio
-import contextvars
 import dataclasses
 import logging
 import secrets
@@ -204,8 +203,12 @@ class Orchestrator:
                 self._advance(sequence, lifecycle.AbortAsked())
 
     async def next_deltas(self) -> list[TokenDelta]:
-        """The deltas of one report, for the front end, in order."""
-        return await self._batches.get()
+        """The deltas that have been reported, for the front end, in order; a front end that lags gets several
+        reports' at once."""
+        deltas = await self._batches.get()
+        while not self._batches.empty():
+            deltas = deltas + self._batches.get_nowait()
+        return deltas
 
     @property
     def num_in_flight(self) -> int:
@@ -479,9 +482,7 @@ class Orchestrator:
         if self._closed:
             work.close()
             return
-        # In a context of its own: this work outlives the HTTP request it is for, and Ray would take every call it makes
-        # for a child of that request, which it knows by one id and cancels when the client leaves.
-        task = asyncio.create_task(work, context=contextvars.Context())
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._on_task_done)
 

@@ -14,6 +14,7 @@ from pydantic_settings import (
 
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+NotNegativeFloat = Annotated[float, Field(ge=0)]
 
 
 class ConfigError(ValueError):
@@ -86,6 +87,23 @@ class PoolsSettings(Section):
     decode: PoolSettings
 
 
+class SimulationSettings(Section):
+    """Simulated engines in the place of vLLM's: they compute nothing, write plain tokens of the model's tokenizer, and
+    take as long as these numbers say (`engine.simulated.LatencyModel`). They read neither sampling parameters nor
+    stop tokens: an answer is as long as `max_tokens` allows, and has no logprobs."""
+
+    prefill_fixed_s: NotNegativeFloat = Field(default=0.0, description="of a step that reads prompts")
+    prefill_s_per_token: NotNegativeFloat = 0.0
+    decode_step_s: PositiveFloat = Field(default=0.001, description="of a step that writes a token for each request")
+    decode_s_per_request: NotNegativeFloat = 0.0
+    decode_interval_s: NotNegativeFloat = Field(default=0.0, description="least time between two tokens of a request")
+    num_kv_blocks: PositiveInt = Field(default=65_536, description="KV blocks of each engine")
+    clock_tick_s: PositiveFloat | None = Field(
+        default=None, description="tokens tell when they were written, in ticks of the monotonic clock"
+    )
+    seed: int = Field(default=0, description="stands for the weights: decides what is answered")
+
+
 class HandoffSettings(Section):
     """How KV blocks travel from prefill to decode."""
 
@@ -110,6 +128,9 @@ class GatewaySettings(Section):
     max_in_flight_requests: PositiveInt = Field(default=4096, description="sequences one replica holds; more get 503")
     receipts_kept: PositiveInt = 1000
     send_timeout_s: PositiveFloat = Field(default=120.0, description="longest wait for a client that does not read")
+    drain_timeout_s: PositiveFloat = Field(
+        default=600.0, description="longest a replica that leaves, gateway or engine, may finish its requests"
+    )
     enable_docs: bool = False
 
 
@@ -134,6 +155,7 @@ class Settings(BaseSettings):
 
     model: ModelSettings
     pools: PoolsSettings
+    simulation: SimulationSettings | None = Field(default=None, description="set: the engines of all pools simulate")
     handoff: HandoffSettings = HandoffSettings()
     gateway: GatewaySettings = GatewaySettings()
     runtime: RuntimeSettings = RuntimeSettings()
@@ -179,6 +201,33 @@ class Settings(BaseSettings):
             raise ValueError(
                 "pools.prefill.engine.block_size_tokens and pools.decode.engine.block_size_tokens differ; "
                 "the hand-off needs the same block size on both sides"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _simulation_fits(self) -> Self:
+        if self.simulation is None:
+            return self
+        decode, block_size_tokens = self.pools.decode, self.pools.decode.engine.block_size_tokens
+        if self.pools.prefill.replicas:
+            raise ValueError(
+                "simulated engines hand KV blocks over within one process only, and a prefill pool has processes of "
+                "its own; remove pools.prefill, or remove simulation to run real engines"
+            )
+        if decode.device != "cpu" or decode.cpu_cores is not None:
+            raise ValueError(
+                "simulated engines run on no accelerator and are bound to no cores; set pools.decode.device to cpu and "
+                "remove pools.decode.cpu_cores"
+            )
+        if self.model.max_model_len is None or block_size_tokens is None:
+            raise ValueError(
+                "simulated engines read no model's config; set model.max_model_len and "
+                "pools.decode.engine.block_size_tokens"
+            )
+        if self.simulation.num_kv_blocks * block_size_tokens < self.model.max_model_len:
+            raise ValueError(
+                f"simulation.num_kv_blocks is {self.simulation.num_kv_blocks}: with {block_size_tokens} tokens each "
+                f"they cannot hold one request of model.max_model_len, {self.model.max_model_len}; raise it"
             )
         return self
 
@@ -257,5 +306,6 @@ __all__ = [
     "PoolSettings",
     "RuntimeSettings",
     "Settings",
+    "SimulationSettings",
     "load",
 ]

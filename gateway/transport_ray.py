@@ -1,18 +1,34 @@
-"""Owns the Ray Serve adapter of the worker transport: calls pinned to one replica, and who is in each pool.
+"""Owns the worker transport of a Ray Serve application: Serve tells who is in each pool and introduces this gateway to
+a worker; everything else goes over the link between the two (`engine.link`, docs/adr/0012).
 
 Which replica a handle takes is decided in `gateway.request_router`.
 """
 
 import asyncio
+import contextlib
+import itertools
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 
 import msgspec
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from engine.link import (
+    Abort,
+    Answer,
+    Call,
+    Farewell,
+    Frames,
+    LinkBroken,
+    Release,
+    Report,
+    Submit,
+    Ticket,
+    connect,
+    messages,
+)
 from engine.protocol import EngineRequest, InvalidEngineRequestError, KVHandoff, Phase, WorkerReport
 from gateway.transport import Members, ReplicaGoneError
 
@@ -50,13 +66,63 @@ class Pools:
 POOLS = Pools()
 
 
+class _Link:
+    """This gateway's end of one link: calls that wait for their answers."""
+
+    def __init__(self, replica_id: str, frames: Frames):
+        self._replica_id = replica_id
+        self._frames = frames
+        self._numbers = itertools.count()
+        self._waiting: dict[int, asyncio.Future[str | None]] = {}
+        self._encode = msgspec.msgpack.Encoder().encode
+
+    async def call(self, make: Callable[[int], Call]) -> None:
+        """Raises ReplicaGoneError, InvalidEngineRequestError."""
+        number = next(self._numbers)
+        answer = self._waiting[number] = asyncio.get_running_loop().create_future()
+        try:
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                await self._frames.send(self._encode(make(number)))
+                refusal = await answer
+        except TimeoutError as error:
+            raise ReplicaGoneError(f"{self._replica_id} did not answer for {CALL_TIMEOUT_S:.0f} s") from error
+        except LinkBroken as error:
+            raise ReplicaGoneError(f"the link to {self._replica_id} broke: {error}") from error
+        finally:
+            del self._waiting[number]
+        if refusal is not None:
+            raise InvalidEngineRequestError(refusal)
+
+    async def reports(self) -> AsyncGenerator[WorkerReport, None]:
+        """Until the link breaks; calls that wait then fail. Raises LinkBroken."""
+        broken = LinkBroken("the gateway let go of it")
+        try:
+            async for message in messages(self._frames):
+                match message:
+                    case Report(report):
+                        yield report
+                    case Answer(number, refusal):
+                        if (waiting := self._waiting.get(number)) and not waiting.done():
+                            waiting.set_result(refusal)
+                    case Farewell(reason):
+                        raise LinkBroken(reason)
+        except LinkBroken as error:
+            broken = error
+            raise
+        finally:
+            self._frames.close()
+            for waiting in self._waiting.values():
+                if not waiting.done():
+                    waiting.set_exception(broken)
+
+
 class RayTransport:
     """Workers that are Ray Serve replicas. The handles' deployments are named after their phase."""
 
     def __init__(self, gateway_id: str, handles: Mapping[Phase, DeploymentHandle]):
         self._gateway_id = gateway_id
         self._handles = dict(handles)
-        self._streams = {phase: handle.options(stream=True) for phase, handle in handles.items()}
+        self._links: dict[str, _Link] = {}
         self._loop = asyncio.get_running_loop()
 
     async def connect(self, timeout_s: float) -> None:
@@ -72,45 +138,45 @@ class RayTransport:
         tell()
 
     async def reports(self, replica_id: str) -> AsyncIterator[WorkerReport]:
-        decoder = msgspec.msgpack.Decoder(WorkerReport)
-        handle = self._streams[self._phase(replica_id)]
-        stream: Any = handle.attach.remote(self._gateway_id, **{TARGET: replica_id})
-        try:
-            async for message in stream:
-                yield decoder.decode(message)
-        except (RayError, RayServeException, ReplicaGoneError) as error:
-            raise ReplicaGoneError(f"the report stream of {replica_id} broke: {_brief(error)}") from error
-        finally:
-            stream.cancel()
-
-    async def submit(self, replica_id: str, request: EngineRequest) -> None:
-        handle = self._handles[self._phase(replica_id)]
-        data = msgspec.msgpack.encode(request)
-        await self._call(replica_id, handle.submit.remote(self._gateway_id, data, **{TARGET: replica_id}))
-
-    async def abort(self, replica_id: str, request_ids: Sequence[str]) -> None:
-        handle = self._handles[self._phase(replica_id)]
-        await self._call(replica_id, handle.abort.remote(self._gateway_id, list(request_ids), **{TARGET: replica_id}))
-
-    async def release(self, replica_id: str, request_id: str, handoff: KVHandoff) -> None:
-        handle = self._handles[self._phase(replica_id)]
-        data = msgspec.msgpack.encode(handoff)
-        await self._call(replica_id, handle.release.remote(request_id, data, **{TARGET: replica_id}))
-
-    async def close(self) -> None:
-        """Streams end when their readers are cancelled; handles need no closing."""
-
-    async def _call(self, replica_id: str, response: Awaitable[str | None]) -> None:
-        """A worker's method answers None, or why it refuses the request."""
         try:
             async with asyncio.timeout(CALL_TIMEOUT_S):
-                refusal = await response
+                frames = await connect(await self._ticket(replica_id))
+            link = self._links[replica_id] = _Link(replica_id, frames)
+            try:
+                async with contextlib.aclosing(link.reports()) as reports:
+                    async for report in reports:
+                        yield report
+            finally:
+                if self._links.get(replica_id) is link:
+                    del self._links[replica_id]
         except TimeoutError as error:
-            raise ReplicaGoneError(f"{replica_id} did not answer for {CALL_TIMEOUT_S:.0f} s") from error
+            raise ReplicaGoneError(f"{replica_id} gave no link within {CALL_TIMEOUT_S:.0f} s") from error
+        except LinkBroken as error:
+            raise ReplicaGoneError(f"the link to {replica_id} broke: {error}") from error
         except (RayError, RayServeException) as error:
             raise ReplicaGoneError(f"{replica_id} failed: {_brief(error)}") from error
-        if refusal is not None:
-            raise InvalidEngineRequestError(refusal)
+
+    async def submit(self, replica_id: str, request: EngineRequest) -> None:
+        await self._link(replica_id).call(lambda number: Submit(number, request))
+
+    async def abort(self, replica_id: str, request_ids: Sequence[str]) -> None:
+        await self._link(replica_id).call(lambda number: Abort(number, list(request_ids)))
+
+    async def release(self, replica_id: str, request_id: str, handoff: KVHandoff) -> None:
+        await self._link(replica_id).call(lambda number: Release(number, request_id, handoff))
+
+    async def close(self) -> None:
+        """Links end when their readers are cancelled; handles need no closing."""
+
+    def _link(self, replica_id: str) -> _Link:
+        if link := self._links.get(replica_id):
+            return link
+        raise ReplicaGoneError(f"there is no link to {replica_id}: it has left, or its link is being made anew")
+
+    async def _ticket(self, replica_id: str) -> Ticket:
+        handle = self._handles[self._phase(replica_id)]
+        data: bytes = await handle.ticket.remote(self._gateway_id, **{TARGET: replica_id})
+        return msgspec.msgpack.decode(data, type=Ticket)
 
     def _members(self) -> Members:
         return {replica_id: phase for phase in self._handles for replica_id in POOLS.members(phase.value)}

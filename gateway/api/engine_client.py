@@ -28,6 +28,7 @@ from vllm.v1.metrics.stats import PrefillStats
 
 from engine.protocol import FinishReason, TokenDelta
 from engine.vllm_codec import SamplingPayload, decode_logprobs, encode_sampling, is_resumable
+from gateway import metrics
 from gateway.api import context
 from gateway.orchestrator import Group, Orchestrator, PlacementRejected, SequenceRequest
 
@@ -99,6 +100,7 @@ class ClusterCoreClient(EngineCoreClient):
         try:
             self._orchestrator.add(sequence, group)
         except PlacementRejected as error:
+            metrics.count_rejection(error.rejection)
             if http:
                 http.rejection = error.rejection
             raise GracefulHTTPError(error.rejection.reason, HTTPStatus(error.rejection.status)) from error

@@ -41,6 +41,48 @@ class ClientTooSlow(OSError):
     """The client did not read for longer than the configuration allows; it is treated as gone."""
 
 
+class Patience:
+    """Bounds how long any send of an application may take: one timer looks after all of them.
+
+    A timer for each send would cost more than the send.
+    """
+
+    def __init__(self, limit_s: float):
+        self._limit_s = limit_s
+        self._began_s: dict[asyncio.Task[None], float] = {}
+        self._exhausted: set[asyncio.Task[None]] = set()
+        self._watch: asyncio.TimerHandle | None = None
+
+    async def send(self, send: Send, message: Message) -> None:
+        """Raises ClientTooSlow when the send has taken between one and 1.25 limits. A task sends one at a time."""
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+        self._began_s[task] = loop.time()
+        if self._watch is None:
+            self._watch = loop.call_later(self._limit_s / 4, self._look)
+        try:
+            await send(message)
+        except asyncio.CancelledError as error:
+            if task not in self._exhausted:
+                raise
+            if task.uncancel() > 0:
+                raise
+            raise ClientTooSlow(f"the client read nothing for {self._limit_s:.0f} s") from error
+        finally:
+            del self._began_s[task]
+            self._exhausted.discard(task)
+
+    def _look(self) -> None:
+        self._watch = None
+        loop = asyncio.get_running_loop()
+        for task, began_s in self._began_s.items():
+            if loop.time() - began_s >= self._limit_s and task not in self._exhausted:
+                self._exhausted.add(task)
+                task.cancel()
+        if self._began_s:
+            self._watch = loop.call_later(self._limit_s / 4, self._look)
+
+
 class Departure:
     """Tells the application that its client has left. Serve says so by cancelling the request, which vLLM's handlers do
     not pass on to the generation they wait for; a disconnect message they do. The application then has time to stop.
@@ -147,7 +189,7 @@ class ResponseStart:
 
     def __init__(self, app: ASGIApp, send_timeout_s: float):
         self._app = app
-        self._send_timeout_s = send_timeout_s
+        self._patience = Patience(send_timeout_s)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -158,24 +200,19 @@ class ResponseStart:
         held: list[Message] = []
         started = streaming = False
 
-        async def bounded(message: Message) -> None:
-            try:
-                async with asyncio.timeout(self._send_timeout_s):
-                    await send(message)
-            except TimeoutError as error:
-                raise ClientTooSlow(f"the client read nothing for {self._send_timeout_s:.0f} s") from error
+        patiently = self._patience.send
 
         async def held_send(message: Message) -> None:
             nonlocal started, streaming
             if started:
-                await bounded(message)
+                await patiently(send, message)
                 return
             held.append(message)
             if not _is_certain(held, request):
                 return
             started, streaming = True, _is_stream(held[0])
             for ready in _released(scope["path"], held, request):
-                await bounded(ready)
+                await patiently(send, ready)
             held.clear()
 
         try:
@@ -194,10 +231,10 @@ class ResponseStart:
                 failure = context.Failure(400, UNREADABLE)
             body = error_body(scope["path"], failure.status, failure.message, failure.param, failure.kind)
             if started:
-                await bounded({"type": "http.response.body", "body": b"event: error\ndata: " + body + b"\n\n"})
+                await patiently(send, {"type": "http.response.body", "body": b"event: error\ndata: " + body + b"\n\n"})
                 return
             for ready in _messages(failure.status, body, MutableHeaders({REQUEST_ID_HEADER: request.request_id})):
-                await bounded(ready)
+                await patiently(send, ready)
         finally:
             with contextlib.suppress(ValueError):
                 context.current.reset(token)

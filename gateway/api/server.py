@@ -1,5 +1,6 @@
 """Owns the HTTP application: vLLM's OpenAI server over the cluster, cut down to Baton's routes."""
 
+import asyncio
 import os
 from argparse import Namespace
 from collections.abc import Callable
@@ -11,8 +12,9 @@ from typing import Any
 import msgspec
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
+from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import BaseRoute, Mount
-from vllm import AsyncEngineArgs
+from vllm import AsyncEngineArgs, envs
 from vllm.config import VllmConfig
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
@@ -22,11 +24,13 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from engine.protocol import Phase
 from engine.vllm_codec import SamplingPayload, encode_sampling
+from gateway import metrics, scrape
 from gateway.api import fields
 from gateway.api.engine_client import SplitEngineClient
 from gateway.api.middleware import Departure, Intake, ResponseStart, error_body
 from gateway.cluster import Replica
 from gateway.orchestrator import Orchestrator
+from gateway.peers import Peers
 
 TASKS = ("generate",)
 
@@ -77,7 +81,11 @@ def command_line(config: ServerConfig) -> list[str]:
     return arguments
 
 
-async def make_app(config: ServerConfig, orchestrator: Orchestrator) -> tuple[FastAPI, SplitEngineClient]:
+class MetricsResponse(Response):
+    media_type = scrape.CONTENT_TYPE
+
+
+async def make_app(config: ServerConfig, orchestrator: Orchestrator, peers: Peers) -> tuple[FastAPI, SplitEngineClient]:
     """vLLM's application over `orchestrator`. Raises ValueError when the model's files cannot be used."""
     os.environ["VLLM_ENABLE_RESPONSES_API_STORE"] = "0"
     os.environ["VLLM_SERVER_DEV_MODE"] = "0"
@@ -88,15 +96,18 @@ async def make_app(config: ServerConfig, orchestrator: Orchestrator) -> tuple[Fa
     await init_app_state(client, app.state, args, TASKS)
     # vLLM's handler of engine errors tells the uvicorn server it expects here to exit; Serve owns ours.
     app.state.server = SimpleNamespace()
-    _add_baton_routes(app, config, orchestrator)
+    _add_baton_routes(app, config, orchestrator, peers)
     keep_routes(app, config.enable_docs)
     for status in (404, 405):
         app.add_exception_handler(status, _unknown_route)
     # vLLM has built the stack already; the next call builds it again. The layer that is added last is the outermost.
     app.middleware_stack = None
+    # No web page of another origin may read an answer: there are no keys yet that would tell whose it is.
+    app.user_middleware[:] = [layer for layer in app.user_middleware if layer.cls is not CORSMiddleware]
     app.add_middleware(Intake, max_body_bytes=config.max_body_bytes, max_choices=config.max_choices)
     app.add_middleware(ResponseStart, send_timeout_s=config.send_timeout_s)
     app.add_middleware(Departure)
+    envs.enable_envs_cache()  # vLLM asks for its variables with every token
     return app, client
 
 
@@ -131,26 +142,49 @@ def _front_end_config(args: Any) -> VllmConfig:
     )
 
 
-def _add_baton_routes(app: FastAPI, config: ServerConfig, orchestrator: Orchestrator) -> None:
-    def add(path: str, handler: Callable[..., Any]) -> None:
-        app.add_api_route(path, handler, methods=["GET"], include_in_schema=True)
+def _add_baton_routes(app: FastAPI, config: ServerConfig, orchestrator: Orchestrator, peers: Peers) -> None:
+    def add(path: str, handler: Callable[..., Any], response_class: type[Response] = JSONResponse) -> None:
+        # Baton's route takes the place of vLLM's, if it has one there.
+        app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) != path]
+        app.add_api_route(path, handler, methods=["GET"], include_in_schema=True, response_class=response_class)
+
+    async def all_metrics() -> Response:
+        answers = await peers.metrics()
+        by_gateway = {**answers.by_gateway, peers.own_id: metrics.collect()}
+        return MetricsResponse(await asyncio.to_thread(scrape.exposition, by_gateway, answers.missing))
 
     async def status() -> Response:
         pools = {phase.value: [_replica(r) for r in orchestrator.cluster.pool(phase)] for phase in Phase}
-        ready = bool(orchestrator.cluster.pool(Phase.DECODE, ready_only=True))
         return JSONResponse(
-            {"model": config.served_name, "ready": ready, "version": version("baton-gateway"), "pools": pools}
+            {
+                "model": config.served_name,
+                "ready": bool(orchestrator.cluster.pool(Phase.DECODE, ready_only=True)),
+                "version": version("baton-gateway"),
+                "gateway": peers.own_id,
+                "gateways": peers.members(),
+                "pools": pools,
+            }
         )
 
     async def receipt(request_id: str) -> Response:
-        found = orchestrator.receipts.get(request_id)
-        if found is None:
-            message = f"no receipt {request_id}: it is unknown, or older than the receipts kept in memory"
-            return Response(error_body("/baton/receipts", 404, message), 404, media_type="application/json")
-        return JSONResponse(found.as_json())
+        if found := orchestrator.receipts.get(request_id):
+            return JSONResponse(found.as_json())
+        answers = await peers.receipt(request_id)
+        for elsewhere in answers.by_gateway.values():
+            if elsewhere is not None:
+                return JSONResponse(elsewhere)
+        if answers.missing:
+            message = f"no receipt {request_id} found, but {', '.join(answers.missing)} did not answer: try again"
+            return _error(503, message, {"retry-after": "1"})
+        return _error(404, f"no receipt {request_id}: it is unknown, or older than the receipts kept in memory")
 
+    add("/metrics", all_metrics, MetricsResponse)
     add("/baton/status", status)
     add("/baton/receipts/{request_id}", receipt)
+
+
+def _error(status: int, message: str, headers: dict[str, str] | None = None) -> Response:
+    return Response(error_body("/baton", status, message), status, headers, media_type="application/json")
 
 
 def _replica(replica: Replica) -> dict[str, Any]:

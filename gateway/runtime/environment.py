@@ -115,16 +115,20 @@ def variables(
         Variable("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0", "makes Ray take 127.0.0.1 as node address and bind it only"),
         Variable("RAY_worker_niceness", "0", "default 15: anything else on the machine would starve the engines"),
         Variable("RAY_prestart_worker_first_driver", "0", "prestarted workers lack our worker hook: never used"),
+        Variable("RAY_raylet_report_resources_period_milliseconds", "1000", "default 100: one node has nobody to tell"),
+        Variable("RAY_task_events_report_interval_ms", "0", "a log of tasks for the dashboard, which is not started"),
+        Variable("RAY_metrics_report_interval_ms", "60000", "nobody scrapes Ray's own metrics here"),
+        Variable("REPORTER_UPDATE_INTERVAL_MS", "60000", "node statistics for the dashboard, which is not started"),
         Variable("RAY_DISABLE_DOCKER_CPU_WARNING", "1", "keeps logs readable"),
         Variable("RAY_ROTATION_MAX_BYTES", str(64 * 1024 * 1024), "bounds each log file"),
         Variable("RAY_ROTATION_BACKUP_COUNT", "1", "bounds the number of log files"),
         # Ray Serve
         Variable("RAY_SERVE_ENABLE_HA_PROXY", "1", "HAProxy carries the streams: a third of the TTFT of Serve's proxy"),
-        Variable("RAY_SERVE_USE_GRPC_BY_DEFAULT", "1", "gateway-worker calls over gRPC: 5-10 times less CPU a message"),
-        # Measured on two shared cores: "1" takes the gateway's CPU per streamed message from 240 to 130 us and leaves
-        # a unary call at 3.5 ms, but it puts user code and the request router on the replica's own loop, where one
-        # blocking call stops health checks. At one message per engine step that is under 1% of a core.
-        Variable("RAY_SERVE_THROUGHPUT_OPTIMIZED", "0", "a user's setting must not move our code to another loop"),
+        Variable("RAY_SERVE_USE_GRPC_BY_DEFAULT", "0", "handles only introduce gateways to workers (ADR 0012)"),
+        Variable("RAY_SERVE_THROUGHPUT_OPTIMIZED", "0", "a user's setting must not change what was measured"),
+        Variable("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.5", "default 0.1: 4% of a core; links notice a loss at once"),
+        Variable("RAY_SERVE_METRICS_EXPORT_INTERVAL_MS", "10000", "default 100: replicas wake ten times a second"),
+        Variable("RAY_SERVE_EVENT_LOOP_MONITORING_INTERVAL_S", "60", "default 5; its figures go to Ray's own metrics"),
         Variable("RAY_SERVE_LOG_TO_STDERR", "0", "Serve logs to files only"),
         Variable("RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT", "1", "a failed constructor is reported, not tried again"),
         Variable("RAY_SERVE_FALLBACK_PROXY_HTTP_PORT", str(fallback_port), "fixed by default: two runs would collide"),

@@ -2,24 +2,15 @@
 
 import importlib.util
 import os
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-import httpx
 import pytest
-import yaml
 
-from engine.ports import free_ports
-from tests.api.live import MAX_BODY_BYTES, Live
+from tests.api.live import MAX_BODY_BYTES, ROOT, Live, local_config, served
 
-ROOT = Path(__file__).parents[2]
-START_DEADLINE_S = 300.0
-STOP_DEADLINE_S = 60.0
 TEST_TIMEOUT_S = 480
 
 
@@ -40,28 +31,10 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
         yield server
         server.close()
         return
-    folder = tmp_path_factory.mktemp("baton")
-    port = free_ports("127.0.0.1")[0]
-    config = folder / "config.yaml"
-    config.write_text(yaml.safe_dump(_config()))
-    log_path = folder / "serve.log"
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("BATON_")}
-    with log_path.open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "gateway.cli", "serve", str(config), "--port", str(port), "--no-demo"],
-            cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
-    try:
-        url = f"http://127.0.0.1:{port}"
-        _wait_until_ready(process, url, log_path)
+    with served(_config(), tmp_path_factory.mktemp("baton")) as url:
         server = Live(url)
         yield server
         server.close()
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-        code = process.wait(STOP_DEADLINE_S)
-    assert code == 0, f"baton serve exited with {code}:\n{log_path.read_text()}"
 
 
 @pytest.fixture(scope="session")
@@ -78,20 +51,6 @@ def dialogues() -> ModuleType:
 
 
 def _config() -> dict:
-    config = yaml.safe_load((ROOT / "configs/local.yaml").read_text())
-    config["model"]["path"] = str(ROOT / "configs/models/mini")
+    config = local_config()
     config["gateway"] = {"enable_docs": True, "max_body_bytes": MAX_BODY_BYTES, **config.get("gateway", {})}
     return config
-
-
-def _wait_until_ready(process: subprocess.Popen, url: str, log_path: Path) -> None:
-    end_s = time.monotonic() + START_DEADLINE_S
-    while True:
-        assert process.poll() is None, f"baton serve exited with {process.returncode}:\n{log_path.read_text()}"
-        assert time.monotonic() < end_s, f"not ready within {START_DEADLINE_S:.0f} s:\n{log_path.read_text()}"
-        try:
-            if httpx.get(f"{url}/baton/status", timeout=5).json().get("ready"):
-                return
-        except (httpx.HTTPError, ValueError):
-            pass
-        time.sleep(0.25)

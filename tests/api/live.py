@@ -1,12 +1,24 @@
 """Owns a running Baton as a test sees it: its URL, the state of its engines, and conditions worth waiting for."""
 
+import os
 import random
+import signal
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
+import yaml
 
+from engine.ports import free_ports
+
+ROOT = Path(__file__).parents[2]
+START_DEADLINE_S = 300.0
+STOP_DEADLINE_S = 60.0
 MODEL = "baton-mini"
 BLOCK_TOKENS = 32
 MAX_BODY_BYTES = 256 * 1024
@@ -15,6 +27,49 @@ POLL_S = 0.02
 
 KNOWN = {"model": MODEL, "temperature": 0.0, "max_tokens": 24, "ignore_eos": True}
 KNOWN_CHAT = KNOWN | {"messages": [{"role": "user", "content": "What is Baton?"}]}
+
+
+def local_config() -> dict[str, Any]:
+    """configs/local.yaml, to be changed and written elsewhere."""
+    config = yaml.safe_load((ROOT / "configs/local.yaml").read_text())
+    config["model"]["path"] = str(ROOT / "configs/models/mini")
+    return config
+
+
+@contextmanager
+def served(config: dict[str, Any], folder: Path) -> Iterator[str]:
+    """The URL of a `baton serve` that is started in `folder` as a user would, and must end well."""
+    port = free_ports("127.0.0.1")[0]
+    config_path, log_path = folder / "config.yaml", folder / "serve.log"
+    config_path.write_text(yaml.safe_dump(config))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("BATON_")}
+    with log_path.open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "gateway.cli", "serve", str(config_path), "--port", str(port), "--no-demo"],
+            cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+    try:
+        url = f"http://127.0.0.1:{port}"
+        _wait_until_ready(process, url, log_path)
+        yield url
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+        code = process.wait(STOP_DEADLINE_S)
+    assert code == 0, f"baton serve exited with {code}:\n{log_path.read_text()}"
+
+
+def _wait_until_ready(process: subprocess.Popen, url: str, log_path: Path) -> None:
+    end_s = time.monotonic() + START_DEADLINE_S
+    while True:
+        assert process.poll() is None, f"baton serve exited with {process.returncode}:\n{log_path.read_text()}"
+        assert time.monotonic() < end_s, f"not ready within {START_DEADLINE_S:.0f} s:\n{log_path.read_text()}"
+        try:
+            if httpx.get(f"{url}/baton/status", timeout=5).json().get("ready"):
+                return
+        except (httpx.HTTPError, ValueError):
+            pass
+        time.sleep(0.25)
 
 
 class Live:

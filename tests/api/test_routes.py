@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 from fastapi import FastAPI
 from httpx import ASGITransport, AsyncClient
+from prometheus_client import REGISTRY
 from starlette.routing import Match
 from vllm.entrypoints.anthropic.protocol import AnthropicCountTokensRequest, AnthropicMessagesRequest
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
@@ -15,11 +16,11 @@ from vllm.entrypoints.serve.tokenize.protocol import DetokenizeRequest, Tokenize
 from gateway.api import fields
 from gateway.api.server import ServerConfig, make_app, warm_up_sampling
 from gateway.orchestrator import Orchestrator, OrchestratorConfig
+from gateway.peers import Alone, Peers
 from gateway.routing.policies import least_tokens
 from gateway.routing.receipts import ReceiptStore
 from gateway.transport import InProcessTransport
-from tests.api.conftest import ROOT
-from tests.api.live import is_anthropic_error, is_openai_error
+from tests.api.live import ROOT, is_anthropic_error, is_openai_error
 
 DOCS = {("GET", "/openapi.json"), ("GET", "/docs")}
 REQUEST_MODELS = {
@@ -67,12 +68,12 @@ def config(**changes: object) -> ServerConfig:
     )
 
 
-async def app_of(server_config: ServerConfig) -> FastAPI:
+async def app_of(server_config: ServerConfig, peers: Peers | None = None) -> FastAPI:
     orchestrator = Orchestrator(
         InProcessTransport("gateway", []), least_tokens, ReceiptStore(10),
         OrchestratorConfig(handoff_timeout_s=1.0, max_in_flight_requests=10, warm_up_sampling=warm_up_sampling()),
     )  # fmt: skip
-    app, _ = await make_app(server_config, orchestrator)
+    app, _ = await make_app(server_config, orchestrator, peers or Alone("gateway-1"))
     return app
 
 
@@ -95,6 +96,10 @@ def routes_of(app: FastAPI) -> set[tuple[str, str]]:
         methods = getattr(route, "methods", None)
         found |= {(method, route.path) for method in methods or {"*"}}
     return {(method, path) for method, path in found if method != "HEAD"}
+
+
+def rejections() -> float:
+    return REGISTRY.get_sample_value("baton_rejections_total", {"status": "503"}) or 0.0
 
 
 def test_the_application_has_the_routes_of_the_allow_list_and_no_other(app):
@@ -138,11 +143,13 @@ async def test_without_engines_a_request_gets_503_and_when_to_try_again_also_whe
         assert is_anthropic_error(response.json())
 
 
-async def test_a_refused_request_leaves_nothing_on_the_front_ends_books(app, client):
+async def test_a_refused_request_is_counted_and_leaves_nothing_on_the_front_ends_books(app, client):
     body = {"model": "baton-mini", "prompt": "Hello", "max_tokens": 4, "temperature": 1.0}
     for n in (1, 3):
+        before = rejections()
         response = await client.post("/v1/completions", json=body | {"n": n})
         assert response.status_code == 503
+        assert rejections() == before + 1
     assert app.state.engine_client.output_processor.get_num_unfinished_requests() == 0
 
 

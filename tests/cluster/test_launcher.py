@@ -1,13 +1,8 @@
 """Runs of `baton serve` with a trivial application: however they end, they leave nothing behind."""
 
 import os
-import shutil
 import signal
 import socket
-import subprocess
-import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,78 +12,12 @@ import pytest
 
 from engine.ports import free_ports
 from gateway.runtime import processes
-from gateway.runtime.local import base_dir
+from tests.cluster.running import READY_S, STOP_S, Run
 
-READY_S = 120.0
-STOP_S = 30.0
-MAIN = (
-    "import sys; from gateway import launcher, settings; "
-    "sys.exit(launcher.serve(settings.load(sys.argv[1], {'gateway.port': int(sys.argv[2])}), build=sys.argv[3]))"
-)
 CONFIG = """
 model: {path: trivial/model, served_name: trivial}
 pools: {decode: {device: cpu}}
 """
-
-
-def wait_until(condition: Callable[[], object], what: str, timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {timeout_s} s: {what}"
-        time.sleep(0.05)
-
-
-class Run:
-    """One `baton serve` as a user's shell would start it: a process group of its own, output in a pipe."""
-
-    def __init__(self, config: Path, port: int, build: str) -> None:
-        self.port = port
-        self.output = ""
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", MAIN, str(config), str(port), f"tests.cluster.trivial_app:{build}"],
-            cwd=Path(__file__).parents[2],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        self.id = next(facts.id for facts in processes.gather_processes() if facts.id.pid == self.process.pid)
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.output += line
-
-    @property
-    def run_dir(self) -> Path:
-        return base_dir() / str(self.port)
-
-    def wait_for(self, text: str, timeout_s: float = READY_S) -> None:
-        wait_until(
-            lambda: text in self.output or self.process.poll() is not None, f"{text!r} in {self.output}", timeout_s
-        )
-        assert text in self.output, self.output
-
-    def signal_group(self, number: signal.Signals) -> None:
-        """What a terminal does on Ctrl-C."""
-        os.killpg(self.process.pid, number)
-
-    def exit_code(self, timeout_s: float = STOP_S) -> int:
-        code = self.process.wait(timeout=timeout_s)
-        self._reader.join(timeout=5)
-        return code
-
-    def pids(self) -> list[int]:
-        return [process.pid for process in processes.marked(self.id)]
-
-    def assert_nothing_left(self) -> None:
-        assert self.pids() == []
-        assert not self.run_dir.exists()
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(("127.0.0.1", self.port))
 
 
 @pytest.fixture
@@ -108,18 +37,12 @@ def start(config: Path, port: int) -> Iterator[Callable[[str], Run]]:
     runs: list[Run] = []
 
     def start_run(build: str = "build") -> Run:
-        runs.append(Run(config, port, build))
+        runs.append(Run(config, port, f"tests.cluster.trivial_app:{build}"))
         return runs[-1]
 
     yield start_run
     for run in runs:
-        run.process.kill()
-        run.process.wait()
-    processes.heal(base_dir())
-    for run in runs:
-        shutil.rmtree(base_dir() / f"failed-{run.port}", ignore_errors=True)
-        for process in processes.marked(run.id):
-            os.kill(process.pid, signal.SIGKILL)
+        run.sweep()
 
 
 def test_a_run_shows_an_answer_listens_on_loopback_only_and_ctrl_c_leaves_nothing(

@@ -81,3 +81,29 @@ def test_a_replica_knows_its_local_rank_and_its_tag():
 
     assert "local_rank" in ReplicaRank.model_fields
     assert isinstance(ReplicaContext.replica_tag, property)
+
+
+def test_serve_refuses_a_custom_router_for_the_gateways_so_that_they_are_asked_by_broadcast():
+    from ray.serve._private import build_app
+
+    assert "not supported on" in build_app.CUSTOM_INGRESS_REQUEST_ROUTER_UNSUPPORTED_ERROR
+
+
+def test_a_handles_router_tells_the_deployments_replicas():
+    from ray.serve._private.router import AsyncioRouter, CurrentLoopRouter, SingletonThreadRouter
+
+    assert isinstance(RequestRouter.curr_replicas, property)
+    assert isinstance(AsyncioRouter.request_router, property)
+    for wrapper in (CurrentLoopRouter, SingletonThreadRouter):
+        assert "self._asyncio_router = AsyncioRouter(" in inspect.getsource(wrapper.__init__)
+
+
+async def test_a_broadcasts_results_can_be_waited_for_one_by_one():
+    from ray.serve._private.replica_result import ReplicaResult
+    from ray.serve.handle import DeploymentBroadcastResponse
+
+    async def sent() -> list[str]:
+        return ["one", "two"]
+
+    assert await DeploymentBroadcastResponse(sent(), None)._fetch_replica_results_async() == ["one", "two"]
+    assert {"get_async", "cancel"} <= set(dir(ReplicaResult))

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from bench.client import Client, Question, Recording, exchange
+from bench.client import Client, Question, Recording, exchange, read_tokens
 from bench.stats import Chunk
 from tests.unit.bench.fake_server import STREAM, Body, FakeServer, answer_well, event, http_chunk
 
@@ -131,6 +131,7 @@ def test_an_event_arrives_when_its_last_byte_does() -> None:
     assert read.error is None
     assert read.chunks == (Chunk(2.0, 1), Chunk(3.0, 2))
     assert read.token_ids == (1, 2, 3)
+    assert read.num_events == 3
 
 
 def test_tokens_of_one_event_are_one_chunk_and_events_read_together_too() -> None:
@@ -161,3 +162,12 @@ def test_events_that_carry_no_tokens_are_passed_over() -> None:
     read = exchange(recording(*data), QUESTION)
     assert read.error is None
     assert read.chunks == (Chunk(1.0, 1), Chunk(2.0, 2))
+
+
+def test_the_tokens_of_a_stream_are_read_event_by_event_until_it_says_what_went_wrong() -> None:
+    first, second = event(BODY, [1, 2], True), event(BODY, [3], False)
+    assert list(read_tokens([(1.0, first + second[:5]), (2.0, second[5:] + DONE)])) == [(1.0, [1, 2]), (2.0, [3])]
+    broken = read_tokens([(1.0, first), (2.0, b'data: {"error": {"message": "the engine died"}}\n\n')])
+    assert next(broken) == (1.0, [1, 2])
+    with pytest.raises(ValueError, match="the engine died"):
+        next(broken)

@@ -17,7 +17,9 @@ from gateway.runtime.processes import ProcessId
     [
         ("VLLM::EngineCore", Role.ENGINE),
         ("VLLM::Worker_TP0", Role.ENGINE),
+        ("python -m bench.mock_engine configs/simulated.yaml 8000", Role.ENGINE),
         ("VLLM::APIServer_0", Role.SERVER),
+        ("python -m bench.front_end configs/simulated.yaml 8000", Role.SERVER),
         ("python -m vllm.entrypoints.openai.api_server --model m", Role.SERVER),
         ("python -c from multiprocessing.resource_tracker import main;main(7)", Role.SERVER),
         ("ray::ServeReplica:baton:gateway", Role.SERVER),
@@ -54,6 +56,12 @@ def test_roles_add_up_and_the_engine_stays_apart() -> None:
     totals = by_role([*used, process(Role.SERVER, 0.5)])
     assert totals == RoleSeconds(engine_s=8.0, server_s=1.5, router_s=2.0, ray_s=4.0)
     assert totals.outside_engine_s == 7.5
+
+
+def test_what_an_engine_within_a_server_used_can_be_counted_as_the_engines() -> None:
+    used = RoleSeconds(engine_s=1.0, server_s=4.0, router_s=2.0, ray_s=0.5)
+    assert used.moved_to_engine(1.5) == RoleSeconds(2.5, 2.5, 2.0, 0.5)
+    assert used.moved_to_engine(9.0) == RoleSeconds(5.0, 0.0, 2.0, 0.5)
 
 
 def test_reading_a_living_process_gives_its_cpu_time_and_a_dead_one_nothing() -> None:

@@ -5,13 +5,16 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from typer.testing import CliRunner
 
-from bench import overhead
+from bench import emitter, overhead, streams
 from bench.__main__ import app
 from bench.overhead import Experiment
 from bench.results import StartFailure
+from bench.stream_report import StreamsReport
+from bench.systems import StartFailed
 from gateway.runtime import processes
 from gateway.runtime.processes import HealPlan
 from tests.unit.bench.test_results import read_json
@@ -24,14 +27,16 @@ Act = Callable[[Experiment], None]
 def _nothing_is_started_and_signals_are_restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(processes, "heal", lambda _base: HealPlan([], []))
     monkeypatch.setattr(overhead.Experiment, "run", lambda _experiment: pytest.fail("the experiment ran"))
+    monkeypatch.setattr(streams.StreamsExperiment, "run", lambda _experiment: pytest.fail("the experiment ran"))
+    monkeypatch.setattr(emitter, "measure", lambda *_: 1e-5)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-def run(*options: str, config: str = "local.yaml") -> tuple[int, str]:
-    result = CliRunner().invoke(app, ["overhead", "--config", str(CONFIGS / config), *options])
+def run(*options: str, config: str = "local.yaml", command: str = "overhead") -> tuple[int, str]:
+    result = CliRunner().invoke(app, [command, "--config", str(CONFIGS / config), *options])
     return result.exit_code, result.output
 
 
@@ -128,3 +133,65 @@ def test_a_target_that_was_not_measured_is_missed_unless_the_run_is_quick(
 def test_a_system_that_did_not_start_makes_the_run_fail(on_run: Callable[[Act], None]) -> None:
     on_run(lambda experiment: experiment.ledger.add_start_failure(StartFailure("bare", 1, "no memory", "")))
     assert run()[0] == 1
+
+
+def test_a_run_over_simulated_engines_says_so_and_is_judged_by_targets_of_its_own(
+    tmp_path: Path, on_run: Callable[[Act], None]
+) -> None:
+    on_run(nothing)
+    options = ("--engine", "simulated", "--check", "--json", str(tmp_path / "report.json"))
+    code, output = run(*options, config="simulated.yaml")
+    assert code == 1
+    assert output.count("not measured") == 4
+    assert output.count("SIMULATED engines, 1 ms a step") == 2
+    report = read_json(tmp_path / "report.json")
+    assert (report.plan.engine, report.plan.systems) == ("simulated", ("bare", "router", "baton"))
+    assert [emitter.cpu_s_per_1000_tokens for emitter in report.emitters] == [0.01] * len(report.plan.cells())
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "config", "message"),
+    [
+        ("overhead", ["--engine", "simulated"], "local.yaml", "use configs/simulated.yaml"),
+        ("overhead", [], "simulated.yaml", "pass --engine simulated"),
+        (
+            "overhead",
+            ["--engine", "simulated", "--systems", "bare-equal"],
+            "simulated.yaml",
+            "choose from bare, router",
+        ),
+        ("streams", [], "local.yaml", "is not one simulated engine; use configs/simulated.yaml"),
+        ("streams", ["--streams", "1000000000"], "simulated.yaml", "raise `ulimit -Hn`"),
+    ],
+)
+def test_real_and_simulated_engines_are_not_mixed_up(
+    command: str, options: list[str], config: str, message: str
+) -> None:
+    code, output = run(*options, config=config, command=command)
+    assert code == 2
+    assert message in output
+
+
+def test_interrupted_streams_leave_a_report_that_says_so_and_misses_its_targets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def be_interrupted(_experiment: streams.StreamsExperiment) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(streams.StreamsExperiment, "run", be_interrupted)
+    path = tmp_path / "report.json"
+    code, output = run("--quick", "--check", "--json", str(path), config="simulated.yaml", command="streams")
+    assert code == 130
+    assert output.count("missed") == 7
+    report = msgspec.json.decode(path.read_bytes(), type=StreamsReport)
+    assert (report.complete, report.plan.streams, report.figures) == (False, 1_000, None)
+
+
+def test_streams_that_do_not_start_make_the_run_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_experiment: streams.StreamsExperiment) -> None:
+        raise StartFailed("baton: baton-serve ended with code 1", "no memory")
+
+    monkeypatch.setattr(streams.StreamsExperiment, "run", fail)
+    code, output = run("--quick", config="simulated.yaml", command="streams")
+    assert code == 1
+    assert "no memory" in output

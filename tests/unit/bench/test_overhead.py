@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import StringIO
 from pathlib import Path
 
@@ -34,6 +34,7 @@ class FakeSystem:
     name: str
     diary: list[str]
     on_start: Callable[[], None] = nothing
+    engine_is_inside: bool = False
     server: FakeServer = field(default_factory=FakeServer)
     _stack: ExitStack = field(default_factory=ExitStack)
 
@@ -122,6 +123,18 @@ def test_an_answer_that_comes_in_one_piece_is_counted_and_gives_no_figures(promp
     run.run()
     (entry,) = run.ledger.report(complete=True).cells
     assert (entry.num_failed, entry.rounds[0].answers_unstreamed, entry.median) == (0, 6, None)
+
+
+def test_what_a_simulated_engine_inside_costs_is_the_engines_not_the_servers(prompts: PromptMaker) -> None:
+    inside, outside = FakeSystem("a", [], engine_is_inside=True), FakeSystem("b", [])
+    run = replace(experiment(prompts, [inside, outside]), emitter_cpu_s_per_token={CELL: 1000.0})
+    run.run()
+    first, second = (entry.median for entry in run.ledger.report(complete=True).cells)
+    assert first is not None
+    assert second is not None
+    assert first.cpu_s_per_1000_tokens.server_s == 0.0
+    assert first.cpu_s_per_1000_tokens.engine_s >= 0.0
+    assert second.cpu_s_per_1000_tokens.engine_s == 0.0
 
 
 def test_a_system_that_does_not_start_is_noted_and_the_others_go_on(prompts: PromptMaker) -> None:

@@ -1,5 +1,6 @@
 """What a benchmark leaves behind: the ledger, the JSON file, the tables and the lines of a check."""
 
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from rich.console import Console
 
 from bench.cpu import ProcessCpu, Role, RoleSeconds
 from bench.results import (
+    EmitterCost,
+    EngineKind,
     Ledger,
     Plan,
     Report,
@@ -42,7 +45,7 @@ def some_round(number: int, ttft_ms: float | None, num_failed: int = 0) -> Round
     shown = None
     if ttft_ms is not None:
         same = Percentiles(ttft_ms, ttft_ms, ttft_ms)
-        shown = Figures(same, same, same, same, 100.0, 1.0, RoleSeconds(8.0, 1.0, 0.5, 0.25), 1.75, 0.1, 0.05)
+        shown = Figures(same, same, same, same, 100.0, 1.0, RoleSeconds(8.0, 1.0, 0.5, 0.25), 1.75, 0.1, 0.05, 1.5)
     errors = ("1 x HTTP 500",) * num_failed
     return Round(number, 24, num_failed, errors, 24, 2, 3, shown, (ProcessCpu(Role.RAY, "r", 1.0),))
 
@@ -135,3 +138,15 @@ def test_the_setting_names_machine_versions_and_commit() -> None:
     assert setting.cpu_model
     assert setting.num_cores > 0
     assert setting.memory_gib > 0
+
+
+def test_a_report_of_simulated_engines_says_so_over_each_table_and_in_its_file(tmp_path: Path) -> None:
+    plan = replace(PLAN, engine=EngineKind.SIMULATED, decode_step_ms=1.0)
+    book = Ledger(plan, SETTING, emitters=(EmitterCost(CELL, 0.02),))
+    book.add("baton", CELL, some_round(1, 40.0))
+    report = book.report(complete=True)
+    assert printed(report).count("SIMULATED engines, 1 ms a step: no figure is a figure of a model") == 2
+    write_json(report, tmp_path / "report.json")
+    assert b'"engine": "simulated"' in (tmp_path / "report.json").read_bytes()
+    assert read_json(tmp_path / "report.json") == report
+    assert "SIMULATED" not in printed(ledger().report(complete=True))

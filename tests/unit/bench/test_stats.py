@@ -1,6 +1,7 @@
 """The arithmetic of the benchmark: percentiles, gaps, medians, and how targets are judged."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -40,13 +41,14 @@ def some_figures(
         outside_engine_cpu_s_per_1000_tokens=outside_engine,
         client_cpu_s_per_1000_tokens=0.0,
         other_cores=0.0,
+        tokens_per_event=1.0,
     )
 
 
 def exchange(*arrivals: tuple[float, int], sent_s: float = 0.0, error: str | None = None) -> Exchange:
     chunks = tuple(Chunk(at_s, num_tokens) for at_s, num_tokens in arrivals)
     num_tokens = sum(chunk.num_tokens for chunk in chunks)
-    return Exchange(sent_s, chunks[-1].at_s, chunks, tuple(range(num_tokens)), error)
+    return Exchange(sent_s, chunks[-1].at_s, chunks, tuple(range(num_tokens)), error, num_events=len(chunks))
 
 
 @pytest.mark.parametrize(("percent", "expected"), [(0, 1.0), (50, 2.5), (90, 3.7), (99, 3.97), (100, 4.0)])
@@ -84,6 +86,7 @@ def test_figures_are_those_of_the_requests_that_succeeded() -> None:
     assert shown.outside_engine_cpu_s_per_1000_tokens == 500.0
     assert shown.client_cpu_s_per_1000_tokens == 50.0
     assert shown.other_cores == pytest.approx(0.5)
+    assert shown.tokens_per_event == pytest.approx(4 / 3)
 
 
 @pytest.mark.parametrize("useless", [exchange((1.0, 1), (2.0, 1), error="HTTP 500"), exchange((1.0, 2))])
@@ -118,6 +121,13 @@ def test_a_target_bounds_latency_and_cpu_from_above_and_throughput_from_below(
     target = Target(metric, 1, "baton", "bare", 1.5)
     results = {("baton", CELL): Measured(ours, 0), ("bare", CELL): Measured(some_figures(), 0)}
     assert judge(target, results).is_met is met
+
+
+def test_putting_more_tokens_into_an_event_helps_no_target_that_goes_by_events() -> None:
+    alone = some_figures(tokens_per_s=100.0, outside_engine=2.0)
+    merged = replace(alone, tokens_per_s=400.0, outside_engine_cpu_s_per_1000_tokens=0.5, tokens_per_event=4.0)
+    for metric in (Metric.EVENTS, Metric.EVENT_CPU):
+        assert metric.of(merged) == metric.of(alone)
 
 
 def test_the_worst_cell_decides_a_target() -> None:

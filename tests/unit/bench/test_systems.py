@@ -6,7 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from bench.systems import Command, LocalSystem, Recipe, StartFailed, check_comparable, flags, make_system
+from bench.systems import (
+    SIMULATED_SYSTEM_NAMES,
+    Command,
+    LocalSystem,
+    Recipe,
+    StartFailed,
+    check_comparable,
+    check_simulated,
+    flags,
+    make_system,
+)
 from engine.ports import free_ports
 from gateway.runtime import processes
 from gateway.settings import load
@@ -97,3 +107,25 @@ def test_a_configuration_that_is_not_one_to_one_is_refused(name: str) -> None:
 
 def test_the_default_configuration_is_comparable() -> None:
     check_comparable(load(CONFIGS / "local.yaml"))
+
+
+def test_real_and_simulated_engines_are_never_compared() -> None:
+    simulated = load(CONFIGS / "simulated.yaml")
+    check_simulated(simulated)
+    with pytest.raises(ValueError, match="--engine simulated"):
+        check_comparable(simulated)
+    for settings in (load(CONFIGS / "local.yaml"), load(CONFIGS / "simulated.yaml", {"pools.decode.replicas": 2})):
+        with pytest.raises(ValueError, match="one simulated engine"):
+            check_simulated(settings)
+    with pytest.raises(ValueError, match="choose from bare, router, baton"):
+        make_system("router-equal", simulated, CONFIGS / "simulated.yaml")
+
+
+def test_only_the_routers_simulated_engines_have_processes_of_their_own() -> None:
+    config = CONFIGS / "simulated.yaml"
+    made = {name: make_system(name, load(config), config) for name in SIMULATED_SYSTEM_NAMES}
+    assert {name: system.engine_is_inside for name, system in made.items()} == {
+        "bare": True, "router": False, "baton": True,
+    }  # fmt: skip
+    real = CONFIGS / "local.yaml"
+    assert not make_system("baton", load(real), real).engine_is_inside

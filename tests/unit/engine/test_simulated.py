@@ -883,3 +883,80 @@ def test_no_load_loses_a_block_or_a_token(load: list[Job]) -> None:
                 assert forgotten <= pair.prefill.load.kv_leases_expired_total <= expirable
 
     simulate(main)
+
+
+# -- pace and clock of engines that only keep a gateway busy
+
+
+def paced(interval_s: float, **changes: Any) -> SimulatedEngineConfig:
+    latency = dataclasses.replace(LATENCY, decode_step_s=0.001, decode_s_per_request=0.0, decode_interval_s=interval_s)
+    return dataclasses.replace(CONFIG, latency=latency, **changes)
+
+
+async def times_of_tokens(config: SimulatedEngineConfig, starts_s: Sequence[float], num_tokens: int) -> dict[str, list]:
+    """When each token of each request came, and which it was; request n starts at `starts_s[n]`."""
+    engine = SimulatedEngine("decode-0", config, SimulatedFabric())
+    came: dict[str, list[tuple[float, int]]] = {str(n): [] for n in range(len(starts_s))}
+
+    async def start(number: int, start_s: float) -> None:
+        await asyncio.sleep(start_s)
+        await engine.submit(EngineRequest(str(number), Phase.DECODE, [number, 1, 2], num_tokens))
+
+    starting = [asyncio.create_task(start(n, start_s)) for n, start_s in enumerate(starts_s)]
+    num_open = len(starts_s)
+    async for step in engine.steps():
+        for delta in step.deltas:
+            came[delta.request_id] += [(now_s(), token) for token in delta.token_ids]
+            num_open -= delta.finish_reason is not None
+        if not num_open:
+            break
+    await asyncio.gather(*starting)
+    await engine.shutdown()
+    return came
+
+
+def tokens_of(config: SimulatedEngineConfig, starts_s: Sequence[float], num_tokens: int) -> dict[str, list]:
+    came: dict[str, list[tuple[float, int]]] = {}
+
+    async def scenario() -> None:
+        came.update(await times_of_tokens(config, starts_s, num_tokens))
+
+    simulate(scenario)
+    return came
+
+
+def test_a_sequence_rests_between_two_tokens_and_others_do_not_wait_for_it() -> None:
+    came = tokens_of(paced(2.0), [0.0, 0.5, 1.3], num_tokens=5)
+    for number, start_s in enumerate((0.0, 0.5, 1.3)):
+        times = [at_s for at_s, _ in came[str(number)]]
+        assert times[0] == pytest.approx(start_s, abs=0.1)
+        gaps = [after - before for before, after in itertools.pairwise(times)]
+        assert gaps == pytest.approx([2.0] * 4, abs=0.02)
+
+
+def test_the_pace_does_not_slip_when_steps_are_crowded() -> None:
+    came = tokens_of(paced(0.5, max_num_seqs=8), [0.0] * 8, num_tokens=20)
+    for tokens in came.values():
+        assert tokens[-1][0] - tokens[0][0] == pytest.approx(19 * 0.5, abs=0.05)
+
+
+def test_a_resting_sequence_can_be_aborted_and_its_blocks_come_back() -> None:
+    async def scenario() -> None:
+        engine = SimulatedEngine("decode-0", paced(5.0), SimulatedFabric())
+        await engine.submit(EngineRequest("a", Phase.DECODE, [1, 2, 3], 50))
+        steps = engine.steps()
+        while not (await anext(steps)).deltas:
+            pass
+        await engine.abort(["a"])
+        while (await anext(steps)).load.num_kv_blocks_used:
+            pass
+        await engine.shutdown()
+
+    simulate(scenario)
+
+
+def test_tokens_can_tell_when_they_were_written() -> None:
+    rule = TokenRule(vocabulary=range(1000), clock_tick_s=0.01)
+    came = tokens_of(paced(0.3, token_rule=rule), [0.2], num_tokens=6)
+    for at_s, token in came["0"]:
+        assert token == pytest.approx(at_s / 0.01 % 1000, abs=1.5)

@@ -68,13 +68,14 @@ class Gateway:
             "data: [DONE]",
         ]
         self.headers = {"x-baton-request-id": "request-1"}
+        self.status = STATUS
         gateway = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 answers = {
                     "/v1/models": {"data": [{"id": "tiny"}]},
-                    "/baton/status": STATUS,
+                    "/baton/status": gateway.status,
                     "/baton/receipts/request-1": RECEIPT,
                 }
                 answer = answers.get(self.path)
@@ -241,6 +242,18 @@ def test_status_shows_replicas_load_and_kv_use_in_80_columns(gateway: Gateway, m
 
 def test_status_gives_the_gateways_json(gateway: Gateway) -> None:
     assert json.loads(baton("status", "--json", "--url", gateway.url).stdout) == STATUS
+
+
+def test_simulated_engines_are_called_so_in_status_and_receipt(gateway: Gateway) -> None:
+    says = "simulated engines, no model"
+    for arguments in (("status",), ("ask", "what?", "--receipt")):
+        assert "simulated" not in baton(*arguments, "--url", gateway.url).stdout
+    (replica,) = STATUS["pools"]["decode"]
+    gateway.status = STATUS | {"pools": {"decode": [replica | {"info": replica["info"] | {"kind": "simulated"}}]}}
+    assert f"{says}: what they answer means nothing" in baton("status", "--url", gateway.url).stdout
+    shown = baton("ask", "what?", "--receipt", "--url", gateway.url).stdout
+    assert "decode decode-1 (simulated) (policy" in shown
+    assert "prefill-1 (simulated)" not in shown
 
 
 # serve and doctor

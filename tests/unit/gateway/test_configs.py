@@ -10,7 +10,7 @@ from gateway.settings import Settings, load
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 NAMES = sorted(path.name for path in CONFIGS.glob("*.yaml"))
-CPU_NAMES = [name for name in NAMES if name != "gpu.yaml"]
+CPU_NAMES = [name for name in NAMES if name not in ("gpu.yaml", "simulated.yaml")]
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +24,7 @@ def config(name: str) -> Settings:
 
 
 def test_the_configurations_that_ship_are_known_here() -> None:
-    assert NAMES == ["aggregated.yaml", "gpu.yaml", "local-2p2d.yaml", "local.yaml"]
+    assert NAMES == ["aggregated.yaml", "gpu.yaml", "local-2p2d.yaml", "local.yaml", "simulated.yaml"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -106,6 +106,20 @@ def test_gpu_reads_and_writes_on_different_accelerators() -> None:
     assert prefill.engine.max_num_seqs < decode.engine.max_num_seqs
     assert settings.runtime.ray_address == "auto"
     assert settings.model.dtype == "bfloat16"
+
+
+def test_only_simulated_simulates_and_its_heading_says_what_its_figures_are_not() -> None:
+    assert [name for name in NAMES if config(name).simulation] == ["simulated.yaml"]
+    settings = config("simulated.yaml")
+    pools = settings.pools
+    assert (pools.prefill.replicas, pools.decode.replicas, pools.decode.cpu_cores) == (0, 1, None)
+    assert Path(settings.model.path) == CONFIGS / "models" / "mini"
+    heading = " ".join(
+        line.removeprefix("# ")
+        for line in (CONFIGS / "simulated.yaml").read_text().splitlines()
+        if line.startswith("#")
+    )
+    assert "No figure of it is a figure of a model" in heading
 
 
 def test_gpus_of_a_replica_follow_its_parallel_sizes_unless_they_are_given() -> None:

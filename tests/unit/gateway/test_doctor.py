@@ -136,6 +136,26 @@ def test_a_model_that_loads_dummy_weights_needs_none() -> None:
     assert doctor.failures(checks(model, config)) == []
 
 
+def test_simulated_engines_are_called_so_and_need_neither_weights_nor_cores_nor_much_memory() -> None:
+    simulated = Settings.model_validate(
+        {
+            "model": {"path": "/models/mini", "max_model_len": 8192},
+            "simulation": {},
+            "pools": {"decode": {"device": "cpu", "replicas": 2, "engine": {"block_size_tokens": 32}}},
+        }
+    )
+    machine = dataclasses.replace(
+        GOOD,
+        is_vllm_cpu=False,
+        memory_available_bytes=3 * GIB,
+        shm_available_bytes=256 * 1024 * 1024,
+        model=dataclasses.replace(GOOD_MODEL, has_weights=False),
+    )
+    problem = the_problem(machine, simulated)
+    assert problem.outcome is Outcome.WARN
+    assert str(problem).startswith("engines: simulated: no model is run, and no figure is a figure of one; remove")
+
+
 def test_the_pins_are_those_of_pyproject() -> None:
     project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
     pinned = dict(

@@ -122,3 +122,36 @@ def test_a_bad_value_of_the_environment_is_refused_readably(config: Path, monkey
 def test_settings_cannot_be_changed(config: Path) -> None:
     with pytest.raises(ValueError, match="frozen"):
         load(config).gateway.port = 1
+
+
+SIMULATED = """
+model: {path: ./model, max_model_len: 4096}
+simulation: {}
+pools:
+  decode: {device: cpu, engine: {block_size_tokens: 32}}
+"""
+
+
+def test_simulated_engines_need_no_cores_and_are_fast_by_default(tmp_path: Path) -> None:
+    settings = load(written(tmp_path, SIMULATED))
+    assert settings.simulation is not None
+    assert settings.simulation.decode_step_s == 0.001
+    assert settings.pools.decode.cpu_cores is None
+    assert load(written(tmp_path, GOOD)).simulation is None
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("decode:", "prefill: {device: cpu, engine: {block_size_tokens: 32}}\n  decode:", "remove pools.prefill"),
+        ("device: cpu", "device: cuda", "set pools.decode.device to cpu"),
+        ("device: cpu", "device: cpu, cpu_cores: [[0]]", "remove pools.decode.cpu_cores"),
+        (", max_model_len: 4096", "", "set model.max_model_len"),
+        ("block_size_tokens: 32", "max_num_seqs: 8", "pools.decode.engine.block_size_tokens"),
+        ("{}", "{num_kv_blocks: 100}", "cannot hold one request of model.max_model_len, 4096; raise it"),
+        ("{}", "{decode_step_s: 0}", "simulation.decode_step_s: "),
+        ("{}", "{step_s: 1}", "simulation.step_s: unknown key"),
+    ],
+)
+def test_a_simulation_that_cannot_be_is_refused_with_what_to_do(tmp_path: Path, old: str, new: str, says: str) -> None:
+    assert says in refusal(written(tmp_path, SIMULATED.replace(old, new, 1)))

@@ -78,6 +78,7 @@ def test_a_closed_receipt_is_counted_once_with_its_stages() -> None:
                 ("baton_prompt_tokens_total", {"source": "computed"}),
                 ("baton_kv_moved_bytes_total", {}),
                 ("baton_ttft_seconds_count", {}),
+                ("baton_request_seconds_sum", {}),
                 ("baton_stage_seconds_count", {"stage": "prefill_compute"}),
                 ("baton_stage_seconds_sum", {"stage": "decode_wait"}),
                 ("baton_faults_total", {}),
@@ -85,8 +86,9 @@ def test_a_closed_receipt_is_counted_once_with_its_stages() -> None:
             before = [sample(name, **labels) for name, labels in names]
             metrics.count(receipt)
             grown = [sample(name, **labels) - b for (name, labels), b in zip(names, before, strict=True)]
-            bytes_moved = receipt.outcome.kv_bytes_moved
-            assert grown == pytest.approx([1, len(PROMPT), bytes_moved, 1, 1, FETCH_MS / 1000, 0], abs=0.001)
+            outcome = receipt.outcome
+            expected = [1, len(PROMPT), outcome.kv_bytes_moved, 1, outcome.duration_ms / 1000, 1, FETCH_MS / 1000, 0]
+            assert grown == pytest.approx(expected, abs=0.001)
 
     simulate(main)
 
