@@ -127,7 +127,10 @@ class Experiment:
             await client.run(warm_up, WARM_UP_OUTPUT_TOKENS, min(cell.concurrency, WARM_UP_CONCURRENCY))
             before = cpu.read(system.processes())
             client_before_s, machine_before_s = time.process_time(), cpu.machine_busy_s()
-            load = await client.run(prompts, cell.output_tokens, cell.concurrency, plan.cell_seconds)
+            waited_before_s = cpu.waited_s()
+            with cpu.first_in_line():
+                load = await client.run(prompts, cell.output_tokens, cell.concurrency, plan.cell_seconds)
+            client_waited_s = cpu.waited_s() - waited_before_s
             client_cpu_s = time.process_time() - client_before_s
             machine_cpu_s = cpu.machine_busy_s() - machine_before_s
             used = cpu.spent(before, cpu.read(system.processes()))
@@ -145,7 +148,7 @@ class Experiment:
             answers_compared=compared,
             answers_differing=differing,
             answers_unstreamed=sum(not answer.is_streamed for answer in load.exchanges if answer.error is None),
-            figures=figures(load.exchanges, load.window_s, cpu_s, client_cpu_s, machine_cpu_s),
+            figures=figures(load.exchanges, load.window_s, cpu_s, client_cpu_s, machine_cpu_s, client_waited_s),
             processes=tuple(process for process in used if process.cpu_s > 0),
         )
 

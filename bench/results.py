@@ -261,7 +261,9 @@ def latency_table(report: Report) -> Table:
 
 def cpu_table(report: Report) -> Table:
     """CPU seconds per 1,000 output tokens by role, medians over the rounds."""
-    table = _table(report, "engine", "server", "router", "ray", "outside engines", "client", "others, cores")
+    table = _table(
+        report, "engine", "server", "router", "ray", "outside engines", "client", "client waits", "others, cores"
+    )
     table.caption = "CPU seconds per 1,000 output tokens; every process of the system counts, idle or not"
     if report.emitters:
         table.caption += "\nengine: the router's mock engines; of the others what the simulated engine uses alone"
@@ -269,12 +271,13 @@ def cpu_table(report: Report) -> Table:
     for entries in _by_cell(report):
         for entry in entries:
             shown = entry.median
-            figures = ["-"] * 7
+            figures = ["-"] * 8
             if shown is not None:
                 cpu = shown.cpu_s_per_1000_tokens
                 parts = (cpu.engine_s, cpu.server_s, cpu.router_s, cpu.ray_s)
                 totals = (shown.outside_engine_cpu_s_per_1000_tokens, shown.client_cpu_s_per_1000_tokens)
-                figures = [f"{figure:.2f}" for figure in (*parts, *totals, shown.other_cores)]
+                figures = [f"{figure:.2f}" for figure in (*parts, *totals)]
+                figures += [f"{shown.client_waited:.1%}", f"{shown.other_cores:.2f}"]
             table.add_row(str(entry.cell) if entry is entries[0] else "", entry.system, *figures)
         table.add_section()
     return table

@@ -73,6 +73,8 @@ class Figures:
     client_cpu_s_per_1000_tokens: float
     other_cores: float
     """CPU that neither the system nor the client used, per second: above a few hundredths, something else ran."""
+    client_waited: float
+    """Share of the window in which the client could not run for want of a processor: latencies hold it as well."""
     tokens_per_event: float
     """1 from a front end that keeps up; one that falls behind its engines puts what has gathered into one event."""
 
@@ -108,12 +110,17 @@ def time_per_output_token_s(chunks: Sequence[Chunk]) -> float:
 
 
 def figures(
-    exchanges: Sequence[Exchange], window_s: float, cpu_s: RoleSeconds, client_cpu_s: float, machine_cpu_s: float
+    exchanges: Sequence[Exchange],
+    window_s: float,
+    cpu_s: RoleSeconds,
+    client_cpu_s: float,
+    machine_cpu_s: float,
+    client_waited_s: float,
 ) -> Figures | None:
     """The figures of a cell; None when no request succeeded, or when every answer came in one piece.
 
     `window_s` lasts from the first request sent to the last answer complete, `cpu_s` is what the system used in it,
-    `machine_cpu_s` what everything on the machine used.
+    `machine_cpu_s` what everything on the machine used, `client_waited_s` how long the client waited for a processor.
     """
     good = [exchange for exchange in exchanges if exchange.error is None]
     streamed = [exchange.chunks for exchange in good if exchange.is_streamed]
@@ -131,6 +138,7 @@ def figures(
         outside_engine_cpu_s_per_1000_tokens=cpu_s.outside_engine_s * 1000 / num_tokens,
         client_cpu_s_per_1000_tokens=client_cpu_s * 1000 / num_tokens,
         other_cores=(machine_cpu_s - cpu_s.engine_s - cpu_s.outside_engine_s - client_cpu_s) / window_s,
+        client_waited=client_waited_s / window_s,
         tokens_per_event=num_tokens / sum(exchange.num_events for exchange in good),
     )
 

@@ -122,7 +122,8 @@ class StreamsExperiment:
         try:
             self.say("starting")
             self.system.start()
-            asyncio.run(self._measure())
+            with cpu.first_in_line():
+                asyncio.run(self._measure())
         finally:
             self.say("stopping")
             self.system.stop()

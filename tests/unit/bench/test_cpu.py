@@ -7,7 +7,18 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from bench.cpu import ProcessCpu, Role, RoleSeconds, by_role, machine_busy_s, read, role_of, spent
+from bench.cpu import (
+    ProcessCpu,
+    Role,
+    RoleSeconds,
+    by_role,
+    first_in_line,
+    machine_busy_s,
+    read,
+    role_of,
+    spent,
+    waited_s,
+)
 from gateway.runtime import processes
 from gateway.runtime.processes import ProcessId
 
@@ -84,3 +95,29 @@ def test_a_title_does_not_tell_where_the_repository_lies(monkeypatch: pytest.Mon
     monkeypatch.setattr(psutil.Process, "cmdline", lambda _self: command)
     me = processes.this_process()
     assert read([me])[me].title == ".venv/bin/python -m gateway.cli serve configs/local.yaml"
+
+
+def test_the_client_is_first_in_line_only_while_it_measures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[int] = []
+    group = tmp_path / "autogroup"
+    group.write_text("/autogroup-7 nice 3")
+    monkeypatch.setattr("bench.cpu._AUTOGROUP", group)
+    monkeypatch.setattr(os, "getpriority", lambda which, who: 2)
+    monkeypatch.setattr(os, "setpriority", lambda which, who, priority: asked.append(priority))
+    with first_in_line():
+        assert (asked, group.read_text()) == ([-20], "-20")
+    assert (asked, group.read_text()) == ([-20, 2], "3")
+
+
+def test_a_client_that_may_not_be_first_in_line_measures_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(which: int, who: int, priority: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "setpriority", refuse)
+    with first_in_line():
+        pass
+
+
+def test_waiting_for_a_processor_only_grows() -> None:
+    before_s = waited_s()
+    assert 0 <= before_s <= waited_s()

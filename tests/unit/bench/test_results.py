@@ -45,7 +45,9 @@ def some_round(number: int, ttft_ms: float | None, num_failed: int = 0) -> Round
     shown = None
     if ttft_ms is not None:
         same = Percentiles(ttft_ms, ttft_ms, ttft_ms)
-        shown = Figures(same, same, same, same, 100.0, 1.0, RoleSeconds(8.0, 1.0, 0.5, 0.25), 1.75, 0.1, 0.05, 1.5)
+        shown = Figures(
+            same, same, same, same, 100.0, 1.0, RoleSeconds(8.0, 1.0, 0.5, 0.25), 1.75, 0.1, 0.05, 0.015, 1.5
+        )
     errors = ("1 x HTTP 500",) * num_failed
     return Round(number, 24, num_failed, errors, 24, 2, 3, shown, (ProcessCpu(Role.RAY, "r", 1.0),))
 
@@ -107,7 +109,7 @@ def test_the_tables_show_systems_in_the_plans_order_with_failures_and_differing_
         (True, ["24", "6", "4/48"]),
         (False, ["0", "9", "6/72"]),
     ]
-    assert rows[3][-7:] == ["8.00", "1.00", "0.50", "0.25", "1.75", "0.10", "0.05"]
+    assert rows[3][-8:] == ["8.00", "1.00", "0.50", "0.25", "1.75", "0.10", "1.5%", "0.05"]
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ def some_figures(
         outside_engine_cpu_s_per_1000_tokens=outside_engine,
         client_cpu_s_per_1000_tokens=0.0,
         other_cores=0.0,
+        client_waited=0.0,
         tokens_per_event=1.0,
     )
 
@@ -75,7 +76,7 @@ def test_figures_are_those_of_the_requests_that_succeeded() -> None:
     good = exchange((1.1, 1), (1.2, 1), (1.4, 2), sent_s=1.0)
     failed = exchange((99.0, 1), (199.0, 1), sent_s=0.0, error="HTTP 500")
     cpu_s = RoleSeconds(4.0, 1.0, 0.5, 0.5)
-    shown = figures([good, failed], window_s=2.0, cpu_s=cpu_s, client_cpu_s=0.2, machine_cpu_s=7.2)
+    shown = figures([good, failed], window_s=2.0, cpu_s=cpu_s, client_cpu_s=0.2, machine_cpu_s=7.2, client_waited_s=0.5)
     assert shown is not None
     assert shown.ttft_ms.p50 == pytest.approx(100)
     assert shown.itl_ms.p50 == pytest.approx(100)
@@ -86,12 +87,14 @@ def test_figures_are_those_of_the_requests_that_succeeded() -> None:
     assert shown.outside_engine_cpu_s_per_1000_tokens == 500.0
     assert shown.client_cpu_s_per_1000_tokens == 50.0
     assert shown.other_cores == pytest.approx(0.5)
+    assert shown.client_waited == 0.25
     assert shown.tokens_per_event == pytest.approx(4 / 3)
 
 
 @pytest.mark.parametrize("useless", [exchange((1.0, 1), (2.0, 1), error="HTTP 500"), exchange((1.0, 2))])
 def test_there_are_no_figures_when_all_requests_failed_or_nothing_was_streamed(useless: Exchange) -> None:
-    assert figures([useless], window_s=1.0, cpu_s=RoleSeconds(), client_cpu_s=0.0, machine_cpu_s=0.0) is None
+    nothing = {"window_s": 1.0, "client_cpu_s": 0.0, "machine_cpu_s": 0.0, "client_waited_s": 0.0}
+    assert figures([useless], cpu_s=RoleSeconds(), **nothing) is None
 
 
 def test_each_figure_has_its_own_median_over_the_rounds() -> None:
