@@ -21,6 +21,7 @@ from bench.results import (
     gather_setting,
     latency_table,
     measured,
+    stage_table,
     verdict_line,
     write_json,
 )
@@ -177,6 +178,8 @@ def overhead(
     save(complete)
     report = ledger.report(complete)
     console.print(latency_table(report), cpu_table(report), sep="\n\n")
+    if (stages := stage_table(report)) is not None:
+        console.print(stages)
     if draw is not None and plot_file is not None:
         draw(report, plot_file)
     missed = 0

@@ -16,6 +16,7 @@ from bench.stats import Chunk, Exchange
 CONNECT_TIMEOUT_S = 10.0
 REQUEST_TIMEOUT_S = 300.0
 ERROR_CHARACTERS = 300
+RECEIPT_HEADER = "x-baton-request-id"
 
 
 class Question(msgspec.Struct, frozen=True):
@@ -44,10 +45,12 @@ class _Event(msgspec.Struct, frozen=True):
 
 @dataclass
 class Recording:
-    """The bytes of one answer and when they came, in seconds of `time.perf_counter`."""
+    """The bytes of one answer and when they came, in seconds of `time.perf_counter`. `receipt_id` is what Baton calls
+    the request."""
 
     sent_s: float
     ended_s: float = 0.0
+    receipt_id: str | None = None
     arrivals: list[tuple[float, bytes]] = field(default_factory=list)
     error: str | None = None
 
@@ -64,6 +67,7 @@ class Client:
     """Connections to one server. An async context manager."""
 
     def __init__(self, url: str, model: str) -> None:
+        self._server = url
         self._url = f"{url}/v1/completions"
         self._model = model
 
@@ -109,10 +113,21 @@ class Client:
             window_s,
         )
 
+    async def stages_ms(self, exchanges: Iterable[Exchange]) -> list[dict[str, float]]:
+        """Where the time of each answer went, by its receipt; those without one are left out. Raises ClientError."""
+        receipts: list[dict[str, float]] = []
+        for exchange in exchanges:
+            if exchange.error is None and exchange.receipt_id is not None:
+                async with self._session.get(f"{self._server}/baton/receipts/{exchange.receipt_id}") as response:
+                    if response.status == 200:
+                        receipts.append(stages_of(await response.read()))
+        return receipts
+
     async def _record(self, body: bytes) -> Recording:
         recording = Recording(time.perf_counter())
         try:
             async with self._session.post(self._url, data=body) as response:
+                recording.receipt_id = response.headers.get(RECEIPT_HEADER)
                 async for data in response.content.iter_any():
                     recording.arrivals.append((time.perf_counter(), data))
                 if response.status != 200:
@@ -124,6 +139,25 @@ class Client:
             recording.error = f"{type(error).__name__}: {error}"
         recording.ended_s = time.perf_counter()
         return recording
+
+
+class _Outcome(msgspec.Struct, frozen=True):
+    times_ms: dict[str, float | None]
+    ttft_ms: float | None = None
+
+
+class _Receipt(msgspec.Struct, frozen=True):
+    outcome: _Outcome
+
+
+def stages_of(receipt: bytes) -> dict[str, float]:
+    """The stages of a receipt that its request went through, and the TTFT as the gateway saw it, in milliseconds.
+
+    Raises msgspec.DecodeError for anything that is no receipt.
+    """
+    outcome = msgspec.json.decode(receipt, type=_Receipt).outcome
+    stages = {"ttft": outcome.ttft_ms} | outcome.times_ms
+    return {name: time_ms for name, time_ms in stages.items() if time_ms is not None}
 
 
 def read_tokens(arrivals: Iterable[tuple[float, bytes]]) -> Iterator[tuple[float, list[int]]]:
@@ -171,7 +205,15 @@ def exchange(recording: Recording, question: Question) -> Exchange:
             error = f"the stream holds an event that cannot be read: {problem}"
     if error is None:
         error = _shortcoming(question, prompt, len(token_ids), complete)
-    return Exchange(recording.sent_s, recording.ended_s, tuple(chunks), tuple(token_ids), error, num_events)
+    return Exchange(
+        recording.sent_s,
+        recording.ended_s,
+        tuple(chunks),
+        tuple(token_ids),
+        error,
+        num_events,
+        recording.receipt_id,
+    )
 
 
 def _shortcoming(question: Question, prompt: list[int] | None, num_tokens: int, complete: bool) -> str | None:

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from bench import cpu
 from bench.client import Client
 from bench.results import Ledger, Round, StartFailure
-from bench.stats import Cell, Exchange, figures
+from bench.stats import Cell, Exchange, figures, median_stages
 from bench.systems import StartFailed, System
 
 WARM_UP_OUTPUT_TOKENS = 8
@@ -134,6 +134,7 @@ class Experiment:
             client_cpu_s = time.process_time() - client_before_s
             machine_cpu_s = cpu.machine_busy_s() - machine_before_s
             used = cpu.spent(before, cpu.read(system.processes()))
+            stages_ms = median_stages(await client.stages_ms(load.exchanges))
         failed = [exchange.error for exchange in load.exchanges if exchange.error is not None]
         compared, differing = _compare(load.exchanges, cell, answers)
         cpu_s = cpu.by_role(used)
@@ -150,6 +151,7 @@ class Experiment:
             answers_unstreamed=sum(not answer.is_streamed for answer in load.exchanges if answer.error is None),
             figures=figures(load.exchanges, load.window_s, cpu_s, client_cpu_s, machine_cpu_s, client_waited_s),
             processes=tuple(process for process in used if process.cpu_s > 0),
+            stages_ms=stages_ms,
         )
 
 

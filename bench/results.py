@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from bench.cpu import ProcessCpu
-from bench.stats import Cell, Figures, Measured, Verdict, median_figures
+from bench.stats import Cell, Figures, Measured, Verdict, median_figures, median_stages
 from bench.systems import REPOSITORY, ROUTER_PACKAGE, ROUTER_VERSION
 
 _GIT_TIMEOUT_S = 10.0
@@ -75,6 +75,8 @@ class Round:
     answers_unstreamed: int
     figures: Figures | None
     processes: tuple[ProcessCpu, ...]
+    stages_ms: dict[str, float] = field(default_factory=dict)
+    """Medians by stage, of a system that keeps receipts (`gateway.routing.receipts.Times`)."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ class CellReport:
     num_failed: int
     median: Figures | None
     rounds: tuple[Round, ...]
+    stages_ms: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -166,6 +169,7 @@ def _cell_report(system: str, cell: Cell, rounds: list[Round]) -> CellReport:
         num_failed=sum(round.num_failed for round in rounds),
         median=median_figures(measured) if measured else None,
         rounds=tuple(rounds),
+        stages_ms=median_stages([round.stages_ms for round in rounds]),
     )
 
 
@@ -280,6 +284,22 @@ def cpu_table(report: Report) -> Table:
                 figures += [f"{shown.client_waited:.1%}", f"{shown.other_cores:.2f}"]
             table.add_row(str(entry.cell) if entry is entries[0] else "", entry.system, *figures)
         table.add_section()
+    return table
+
+
+def stage_table(report: Report) -> Table | None:
+    """Where the time of requests went, by their receipts; None if no system keeps any."""
+    kept = [entry for entries in _by_cell(report) for entry in entries if entry.stages_ms]
+    if not kept:
+        return None
+    names = list(dict.fromkeys(name for entry in kept for name in entry.stages_ms))
+    table = _table(report, *(name.replace("_", "\n") for name in names))
+    table.caption = "ms, medians by receipts: ttft is the gateway's own, and its parts need not add up to it"
+    table.caption_justify = "left"
+    for entry in kept:
+        times_ms = [entry.stages_ms.get(name) for name in names]
+        shown = ["-" if time_ms is None else f"{time_ms:.1f}" for time_ms in times_ms]
+        table.add_row(str(entry.cell), entry.system, *shown)
     return table
 
 

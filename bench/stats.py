@@ -44,6 +44,7 @@ class Exchange:
     error: str | None = None
     num_events: int = 0
     """Server-sent events that carried tokens; those that were read together count one each."""
+    receipt_id: str | None = None
 
     @property
     def is_streamed(self) -> bool:
@@ -141,6 +142,12 @@ def figures(
         client_waited=client_waited_s / window_s,
         tokens_per_event=num_tokens / sum(exchange.num_events for exchange in good),
     )
+
+
+def median_stages(stages_ms: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Each stage's median over those that went through it, in the order in which stages are first met."""
+    names = dict.fromkeys(name for stages in stages_ms for name in stages)
+    return {name: statistics.median(s[name] for s in stages_ms if name in s) for name in names}
 
 
 def median_figures(rounds: Sequence[Figures]) -> Figures:

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from bench.client import Client, Question, Recording, exchange, read_tokens
+from bench.client import Client, Question, Recording, exchange, read_tokens, stages_of
 from bench.stats import Chunk
 from tests.unit.bench.fake_server import STREAM, Body, FakeServer, answer_well, event, http_chunk
 
@@ -171,3 +171,15 @@ def test_the_tokens_of_a_stream_are_read_event_by_event_until_it_says_what_went_
     assert next(broken) == (1.0, [1, 2])
     with pytest.raises(ValueError, match="the engine died"):
         next(broken)
+
+
+def test_the_stages_of_a_receipt_are_those_its_request_went_through() -> None:
+    times_ms = {"front_end": 1.5, "prefill_wait": None, "decode": 30.0}
+    receipt = {"request_id": "r", "outcome": {"ttft_ms": 20.0, "times_ms": times_ms, "faults": []}}
+    assert stages_of(json.dumps(receipt).encode()) == {"ttft": 20.0, "front_end": 1.5, "decode": 30.0}
+
+
+def test_an_exchange_keeps_the_id_of_its_receipt() -> None:
+    recorded = recording((1.0, event(BODY, [1, 2, 3], first=True) + DONE))
+    recorded.receipt_id = "r"
+    assert exchange(recorded, QUESTION).receipt_id == "r"

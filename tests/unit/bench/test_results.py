@@ -1,5 +1,6 @@
 """What a benchmark leaves behind: the ledger, the JSON file, the tables and the lines of a check."""
 
+import dataclasses
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -22,6 +23,7 @@ from bench.results import (
     gather_setting,
     latency_table,
     measured,
+    stage_table,
     verdict_line,
     write_json,
 )
@@ -110,6 +112,16 @@ def test_the_tables_show_systems_in_the_plans_order_with_failures_and_differing_
         (False, ["0", "9", "6/72"]),
     ]
     assert rows[3][-8:] == ["8.00", "1.00", "0.50", "0.25", "1.75", "0.10", "1.5%", "0.05"]
+
+
+def test_the_stages_of_requests_are_shown_for_systems_that_keep_receipts() -> None:
+    book = ledger()
+    assert stage_table(book.report(complete=True)) is None
+    stages = {"ttft": 21.0, "prefill_wait": 4.0}
+    book.add("baton", CELL, dataclasses.replace(some_round(4, 20.0), stages_ms=stages))
+    table = stage_table(book.report(complete=True))
+    assert table is not None
+    assert [list(column.cells) for column in table.columns[1:]] == [["baton"], ["21.0"], ["4.0"]]
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from bench.stats import (
     inter_token_gaps_s,
     judge,
     median_figures,
+    median_stages,
     percentile,
     time_per_output_token_s,
 )
@@ -175,3 +176,9 @@ def test_cpu_time_too_short_for_the_clock_gives_a_ratio_all_the_same() -> None:
     none, some = Measured(some_figures(outside_engine=0.0), 0), Measured(some_figures(outside_engine=0.1), 0)
     assert judge(target, {("baton", CELL): none, ("bare", CELL): none}).ratio == 1.0
     assert judge(target, {("baton", CELL): some, ("bare", CELL): none}).ratio == math.inf
+
+
+def test_a_stage_has_the_median_of_those_that_went_through_it() -> None:
+    stages = [{"ttft": 1.0, "prefill": 9.0}, {"ttft": 3.0}, {"ttft": 2.0, "decode": 5.0}]
+    assert median_stages(stages) == {"ttft": 2.0, "prefill": 9.0, "decode": 5.0}
+    assert median_stages([]) == {}
