@@ -11,7 +11,7 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
 from decode.deployment import DecodeReplica
-from engine.deployment import EngineSpec, freeze_heap
+from engine.deployment import EngineSpec, calm_garbage_collector
 from engine.protocol import Phase
 from engine.simulated import LatencyModel, SimulatedEngineConfig, TokenRule
 from gateway import metrics
@@ -100,7 +100,7 @@ class Gateway:
         )
         expected = {Phase.DECODE: config.pools.decode.replicas, Phase.PREFILL: config.pools.prefill.replicas}
         await self._orchestrator.start(expected, config.runtime.start_timeout_s)
-        freeze_heap()
+        calm_garbage_collector()
 
     def __serve_build_asgi_app__(self) -> Any:
         return self._app
