@@ -84,18 +84,23 @@ class Patience:
 
 
 class Departure:
-    """Tells the application that its client has left. Serve says so by cancelling the request, which vLLM's handlers do
-    not pass on to the generation they wait for; a disconnect message they do. The application then has time to stop.
+    """Tells the application that its client has left, or has not read for too long. Serve says the former by cancelling
+    the request, which vLLM's handlers do not pass on to the generation they wait for, and an error of a send leaves
+    that generation to the garbage collector; a disconnect message ends it. The application then has time to stop.
     """
 
-    def __init__(self, app: ASGIApp):
+    def __init__(self, app: ASGIApp, send_timeout_s: float):
         self._app = app
+        self._patience = Patience(send_timeout_s)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Raises ClientTooSlow, once the application has stopped."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         left = asyncio.Event()
+        too_slow: ClientTooSlow | None = None
+        last_call: asyncio.TimerHandle | None = None
 
         async def receive_until_left() -> Message:
             tasks = [asyncio.ensure_future(receive()), asyncio.create_task(left.wait())]
@@ -107,17 +112,30 @@ class Departure:
                     task.cancel()
 
         async def send_until_left(message: Message) -> None:
-            if not left.is_set():
-                await send(message)
+            nonlocal too_slow, last_call
+            if left.is_set():
+                return
+            try:
+                await self._patience.send(send, message)
+            except ClientTooSlow as error:
+                too_slow = error
+                left.set()
+                last_call = asyncio.get_running_loop().call_later(DEPARTURE_S, answering.cancel)
 
         answering = asyncio.ensure_future(self._app(scope, receive_until_left, send_until_left))
         try:
             await asyncio.shield(answering)
         except asyncio.CancelledError:
-            left.set()
-            await asyncio.wait([answering], timeout=DEPARTURE_S)
-            answering.cancel()
-            raise
+            if too_slow is None or not answering.cancelled():
+                left.set()
+                await asyncio.wait([answering], timeout=DEPARTURE_S)
+                answering.cancel()
+                raise
+        finally:
+            if last_call is not None:
+                last_call.cancel()
+        if too_slow is not None:
+            raise too_slow
 
 
 class Intake:
@@ -185,11 +203,10 @@ class Intake:
 class ResponseStart:
     """Holds a response's start until its first body message, and a stream's until an engine has begun to answer, so
     that a refusal of a streaming request still gets its own status; gives errors the shape their path's clients
-    expect; adds the receipt's id; bounds each send to a client that does not read."""
+    expect; adds the receipt's id."""
 
-    def __init__(self, app: ASGIApp, send_timeout_s: float):
+    def __init__(self, app: ASGIApp):
         self._app = app
-        self._patience = Patience(send_timeout_s)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -200,25 +217,23 @@ class ResponseStart:
         held: list[Message] = []
         started = streaming = False
 
-        patiently = self._patience.send
-
         async def held_send(message: Message) -> None:
             nonlocal started, streaming
             if started:
-                await patiently(send, message)
+                await send(message)
                 return
             held.append(message)
             if not _is_certain(held, request):
                 return
             started, streaming = True, _is_stream(held[0])
             for ready in _released(scope["path"], held, request):
-                await patiently(send, ready)
+                await send(ready)
             held.clear()
 
         try:
             await self._app(scope, receive, held_send)
         except OSError:
-            # The client is gone, or too slow: there is nobody to tell.
+            # The client is gone: there is nobody to tell.
             raise
         except Exception:
             # Nothing was placed: vLLM stumbled over the request while it read it, so it is the client's to mend.
@@ -231,10 +246,10 @@ class ResponseStart:
                 failure = context.Failure(400, UNREADABLE)
             body = error_body(scope["path"], failure.status, failure.message, failure.param, failure.kind)
             if started:
-                await patiently(send, {"type": "http.response.body", "body": b"event: error\ndata: " + body + b"\n\n"})
+                await send({"type": "http.response.body", "body": b"event: error\ndata: " + body + b"\n\n"})
                 return
             for ready in _messages(failure.status, body, MutableHeaders({REQUEST_ID_HEADER: request.request_id})):
-                await patiently(send, ready)
+                await send(ready)
         finally:
             with contextlib.suppress(ValueError):
                 context.current.reset(token)

@@ -105,8 +105,8 @@ async def make_app(config: ServerConfig, orchestrator: Orchestrator, peers: Peer
     # No web page of another origin may read an answer: there are no keys yet that would tell whose it is.
     app.user_middleware[:] = [layer for layer in app.user_middleware if layer.cls is not CORSMiddleware]
     app.add_middleware(Intake, max_body_bytes=config.max_body_bytes, max_choices=config.max_choices)
-    app.add_middleware(ResponseStart, send_timeout_s=config.send_timeout_s)
-    app.add_middleware(Departure)
+    app.add_middleware(ResponseStart)
+    app.add_middleware(Departure, send_timeout_s=config.send_timeout_s)
     envs.enable_envs_cache()  # vLLM asks for its variables with every token
     return app, client
 

@@ -47,9 +47,9 @@ class Client:
         return b"".join(message["body"] for message in self.sent[1:])
 
 
-async def run(app: Any, path: str = "/v1/chat/completions", send_timeout_s: float = 5.0) -> Client:
+async def run(app: Any, path: str = "/v1/chat/completions") -> Client:
     client = Client()
-    await ResponseStart(app, send_timeout_s)(scope(path), client.receive, client.send)
+    await ResponseStart(app)(scope(path), client.receive, client.send)
     return client
 
 
@@ -71,7 +71,7 @@ async def test_a_stream_is_held_until_an_engine_answers():
         assert client.status == 200
         await send(piece(b"", more=False))
 
-    await ResponseStart(app, 5.0)(scope(), client.receive, client.send)
+    await ResponseStart(app)(scope(), client.receive, client.send)
     assert client.body == b"created\ntoken\n"
 
 
@@ -131,7 +131,7 @@ async def test_a_client_that_does_not_read_is_given_up():
         await send(piece(b"token\n"))
 
     with pytest.raises(OSError, match="read nothing"):
-        await ResponseStart(app, 0.05)(scope(), client.receive, client.send)
+        await Departure(ResponseStart(app), 0.05)(scope(), client.receive, client.send)
 
 
 async def test_a_request_that_is_cancelled_reaches_the_application_as_a_disconnect_and_may_finish():
@@ -143,7 +143,7 @@ async def test_a_request_that_is_cancelled_reaches_the_application_as_a_disconne
         events.append("finished")
 
     client = Client()
-    request = asyncio.create_task(Departure(app)(scope(), client.receive, client.send))
+    request = asyncio.create_task(Departure(app, 5.0)(scope(), client.receive, client.send))
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     request.cancel()

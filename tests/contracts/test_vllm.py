@@ -45,6 +45,57 @@ class TestEngineCoreClient:
 
         assert "timeout" in parameters(AsyncMPClient.shutdown)
 
+    def test_the_task_that_reads_outputs_starts_with_a_call_and_keeps_the_socket_it_finds(self):
+        """`_read_outputs` lends it another socket for that moment."""
+        from vllm.v1.engine.core_client import AsyncMPClient, BackgroundResources
+
+        assert {"output_socket", "output_queue_task"} <= set(BackgroundResources.__dataclass_fields__)
+        assert BackgroundResources.__dataclass_fields__["output_queue_task"].default is None
+        source = inspect.getsource(AsyncMPClient._ensure_output_queue_task)
+        before, task = source.split("async def process_outputs_socket():")
+        assert "if resources.output_queue_task is not None:\n            return\n" in before
+        assert before.count("output_socket = resources.output_socket\n") == 1
+        assert task.count("output_socket.") == task.count("await output_socket.recv_multipart(copy=False)") == 1
+        assert "self._ensure_output_queue_task()" in inspect.getsource(AsyncMPClient.get_output_async)
+
+    def test_no_output_is_read_while_the_client_is_made_outside_an_event_loop(self):
+        """`VllmEngine.start` makes it on a thread, so that Baton is there before the first output."""
+        from vllm.v1.engine.core_client import AsyncMPClient
+
+        source = inspect.getsource(AsyncMPClient.__init__)
+        assert source.count("_ensure_output_queue_task") == 1
+        start = source.index("asyncio.get_running_loop()")
+        assert "self._ensure_output_queue_task()\n        except RuntimeError:\n            pass" in source[start:]
+
+    async def test_the_task_reads_from_the_socket_we_lend_it(self):
+        import weakref
+        from types import SimpleNamespace
+
+        import zmq
+        from vllm.v1.engine.core_client import AsyncMPClient, BackgroundResources
+
+        from engine.vllm_engine import _read_outputs
+
+        with zmq.Context() as context, context.socket(zmq.PULL) as socket, context.socket(zmq.PUSH) as engine:
+            socket.bind("inproc://outputs")
+            engine.connect("inproc://outputs")
+            resources = BackgroundResources(ctx=context, output_socket=zmq.Socket.shadow(socket.underlying))
+            lent = resources.output_socket
+            outputs = SimpleNamespace(utility_output=None, outputs=["output"], scheduler_stats=None)
+            client = object.__new__(AsyncMPClient)
+            client.resources = resources
+            client.decoder = SimpleNamespace(decode=lambda frames: outputs)
+            client.utility_results, client.outputs_queue = {}, asyncio.Queue()
+            client._finalizer = weakref.finalize(client, lambda: None)
+            reader = _read_outputs(client)
+            assert resources.output_socket is lent
+            engine.send(b"anything")
+            async with asyncio.timeout(10):
+                assert await client.outputs_queue.get() is outputs
+            resources.output_queue_task.cancel()
+            await asyncio.gather(resources.output_queue_task, return_exceptions=True)
+            reader.close()
+
     def test_async_llm_makes_its_core_by_the_name_we_replace(self):
         from vllm.v1.engine import async_llm
 
@@ -539,6 +590,15 @@ class TestFrontEnd:
 
         assert "VLLM_ENABLE_RESPONSES_API_STORE" in envs.environment_variables
         assert "VLLM_SERVER_DEV_MODE" in envs.environment_variables
+
+    def test_the_cache_of_its_variables_is_turned_on_by_a_call_and_then_keeps_them(self):
+        code = (
+            "import os; from vllm import envs; envs.enable_envs_cache(); envs.enable_envs_cache(); "
+            "before = envs.VLLM_SERVER_DEV_MODE; os.environ['VLLM_SERVER_DEV_MODE'] = '1'; "
+            "assert envs.VLLM_SERVER_DEV_MODE == before == 0"
+        )
+        environment = {name: value for name, value in os.environ.items() if name != "VLLM_SERVER_DEV_MODE"}
+        subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
     def test_engine_arguments_have_the_names_we_set(self):
         from vllm import AsyncEngineArgs

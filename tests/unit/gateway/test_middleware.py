@@ -2,15 +2,24 @@
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from starlette.responses import StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.api import context
-from gateway.api.middleware import REQUEST_ID_HEADER, ClientTooSlow, Intake, ResponseStart
+from gateway.api.middleware import (
+    DEPARTURE_S,
+    REQUEST_ID_HEADER,
+    ClientTooSlow,
+    Departure,
+    Intake,
+    Patience,
+    ResponseStart,
+)
 from gateway.routing.types import Rejection
 from tests.unit.virtual_time import now_s, simulate
 
@@ -29,12 +38,15 @@ class Exchange:
     incoming: Sequence[Message] = ()
     headers: dict[str, str] = field(default_factory=dict)
     send: Callable[[Message], Awaitable[None]] | None = None
+    stays: bool = False
     sent: list[Message] = field(default_factory=list)
 
     async def run(self, app: ASGIApp) -> "Exchange":
         rest = list(self.incoming)
 
         async def receive() -> Message:
+            if self.stays and not rest:
+                await asyncio.get_running_loop().create_future()
             return rest.pop(0) if rest else DISCONNECT
 
         async def send(message: Message) -> None:
@@ -285,7 +297,7 @@ def test_a_client_that_leaves_while_its_body_is_read_reaches_no_application(read
     simulate(main)
 
 
-@pytest.mark.parametrize("layer", [intake, lambda app: ResponseStart(app, SEND_TIMEOUT_S)])
+@pytest.mark.parametrize("layer", [intake, ResponseStart, lambda app: Departure(app, SEND_TIMEOUT_S)])
 def test_what_is_not_http_passes(layer: Callable[[ASGIApp], ASGIApp]) -> None:
     async def main() -> None:
         echo = Echo()
@@ -336,7 +348,7 @@ def crash(request: context.RequestContext) -> None:
 
 
 async def respond(*steps: Any, path: str = CHAT, send: Any = None) -> Exchange:
-    return await Exchange(path=path, send=send).run(ResponseStart(Script(steps), SEND_TIMEOUT_S))
+    return await Exchange(path=path, send=send).run(ResponseStart(Script(steps)))
 
 
 def test_an_ordinary_response_passes_with_its_receipts_header() -> None:
@@ -365,7 +377,7 @@ def test_a_start_is_held_until_the_first_body_message() -> None:
             chunk(b"}", more=False),
         ]
         seen: list[int] = []
-        await exchange.run(ResponseStart(Script(steps), SEND_TIMEOUT_S))
+        await exchange.run(ResponseStart(Script(steps)))
         assert seen == [0, 2]
         assert (exchange.status, exchange.body) == (200, b"{}")
 
@@ -391,7 +403,7 @@ def test_a_stream_is_held_until_an_engine_answers_and_loses_nothing() -> None:
             look,
             chunk(b"4", more=False),
         ]
-        await exchange.run(ResponseStart(Script(steps), SEND_TIMEOUT_S))
+        await exchange.run(ResponseStart(Script(steps)))
         assert seen == [0, 0, 4]
         assert (exchange.status, exchange.body) == (200, b"1234")
         assert REQUEST_ID_HEADER in exchange.response_headers
@@ -504,6 +516,135 @@ def test_a_crash_before_anything_is_placed_is_the_clients_to_mend() -> None:
 # -- how long a send may take
 
 
+async def never(message: Message) -> None:
+    await asyncio.get_running_loop().create_future()
+
+
+@dataclass
+class Timers:
+    """Counts the timers of `patience` on the running loop, which none of these tests cancels."""
+
+    patience: Patience
+    num_started: int = 0
+    num_running: int = 0
+
+    def __post_init__(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._call_later = loop.call_later
+        loop.call_later = self._noted
+
+    def _noted(self, delay_s: float, callback: Any, *args: Any, **kwargs: Any) -> asyncio.TimerHandle:
+        if getattr(callback, "__self__", None) is not self.patience:
+            return self._call_later(delay_s, callback, *args, **kwargs)
+        self.num_started += 1
+        self.num_running += 1
+
+        def fired() -> None:
+            self.num_running -= 1
+            callback(*args)
+
+        return self._call_later(delay_s, fired, **kwargs)
+
+
+@pytest.mark.parametrize("begins_s", [0.0, 0.1, 1.0, 1.3, 4.99])
+def test_a_send_is_given_up_between_one_and_one_and_a_quarter_limits(begins_s: float) -> None:
+    async def main() -> None:
+        patience = Patience(SEND_TIMEOUT_S)
+        other = asyncio.create_task(patience.send(never, {}))  # its timer is running already
+        await asyncio.sleep(begins_s)
+        with pytest.raises(ClientTooSlow, match="the client read nothing for 5 s"):
+            await patience.send(never, {})
+        assert SEND_TIMEOUT_S <= now_s() - begins_s <= SEND_TIMEOUT_S * 1.25 + 1e-6
+        with pytest.raises(ClientTooSlow):
+            await other
+
+    simulate(main)
+
+
+def test_a_send_that_is_given_up_leaves_its_task_uncancelled() -> None:
+    async def main() -> None:
+        with pytest.raises(ClientTooSlow):
+            await Patience(SEND_TIMEOUT_S).send(never, {})
+        task = asyncio.current_task()
+        assert task is not None
+        assert task.cancelling() == 0
+        await asyncio.sleep(1)
+
+    simulate(main)
+
+
+@pytest.mark.parametrize("after_s", [0.0, SEND_TIMEOUT_S / 2, SEND_TIMEOUT_S])
+def test_a_cancellation_from_outside_during_a_send_stays_one(after_s: float) -> None:
+    """Also one that comes at the moment the send is given up."""
+
+    async def main() -> None:
+        patience = Patience(SEND_TIMEOUT_S)
+        sending = asyncio.create_task(patience.send(never, {}))
+        await asyncio.sleep(0)
+        # Behind the timer of the send, where both are due at once.
+        asyncio.get_running_loop().call_at(now_s() + after_s, sending.cancel)
+        await asyncio.wait([sending])
+        assert sending.cancelled()
+
+    simulate(main)
+
+
+def test_many_sends_share_one_timer_and_each_is_given_up_alone() -> None:
+    async def main() -> None:
+        patience = Patience(SEND_TIMEOUT_S)
+        timers = Timers(patience)
+
+        async def short(message: Message) -> None:
+            await asyncio.sleep(SEND_TIMEOUT_S * 0.9)
+
+        sends = [asyncio.create_task(patience.send(short if i % 2 else never, {})) for i in range(100)]
+        while not all(send.done() for send in sends):
+            await asyncio.sleep(0.1)
+            assert timers.num_running <= 1
+        assert all((send.exception() is None) == (i % 2 == 1) for i, send in enumerate(sends))
+        # One after the other, four in a limit.
+        assert timers.num_started <= 5
+
+    simulate(main)
+
+
+def test_no_timer_is_left_when_nothing_is_being_sent() -> None:
+    async def main() -> None:
+        patience = Patience(SEND_TIMEOUT_S)
+        timers = Timers(patience)
+
+        async def at_once(message: Message) -> None: ...
+
+        for _ in range(1000):
+            await patience.send(at_once, {})
+        assert timers.num_started == 1
+        await asyncio.sleep(SEND_TIMEOUT_S / 4)
+        assert (timers.num_started, timers.num_running) == (1, 0)
+        await asyncio.sleep(SEND_TIMEOUT_S * 10)
+        assert timers.num_started == 1
+        with pytest.raises(ClientTooSlow):
+            await patience.send(never, {})
+
+    simulate(main)
+
+
+def stall_after(num_messages: int) -> Callable[[Message], Awaitable[None]]:
+    """A client that reads so many messages, and then nothing."""
+    number = 0
+
+    async def stall(message: Message) -> None:
+        nonlocal number
+        number += 1
+        if number > num_messages:
+            await never(message)
+
+    return stall
+
+
+async def respond_patiently(*steps: Any, send: Any) -> Exchange:
+    return await Exchange(send=send).run(Departure(ResponseStart(Script(steps)), SEND_TIMEOUT_S))
+
+
 @pytest.mark.parametrize("stalls_at", [0, 1, 3])
 def test_a_client_that_does_not_read_is_given_up(stalls_at: int) -> None:
     async def main() -> None:
@@ -511,14 +652,15 @@ def test_a_client_that_does_not_read_is_given_up(stalls_at: int) -> None:
 
         async def stall(message: Message) -> None:
             nonlocal number
-            if number == stalls_at:
-                await asyncio.get_running_loop().create_future()
             number += 1
+            if number > stalls_at:
+                await never(message)
 
         start_s = now_s()
         with pytest.raises(ClientTooSlow, match="the client read nothing for 5 s"):
-            await respond(start_of(), answering, *[chunk(b"x")] * 10, chunk(b"", more=False), send=stall)
+            await respond_patiently(start_of(), answering, *[chunk(b"x")] * 10, chunk(b"", more=False), send=stall)
         assert now_s() - start_s == pytest.approx(SEND_TIMEOUT_S)
+        assert number == stalls_at + 1, "nothing more is sent"
 
     simulate(main)
 
@@ -528,8 +670,62 @@ def test_a_client_that_reads_slowly_but_steadily_is_served() -> None:
         async def slow(message: Message) -> None:
             await asyncio.sleep(SEND_TIMEOUT_S * 0.9)
 
-        exchange = await respond(start_of(), answering, *[chunk(b"x")] * 10, chunk(b"", more=False), send=slow)
+        exchange = await respond_patiently(
+            start_of(), answering, *[chunk(b"x")] * 10, chunk(b"", more=False), send=slow
+        )
         assert exchange.body == b"x" * 10
+
+    simulate(main)
+
+
+def test_the_generation_for_a_client_that_does_not_read_is_ended_before_the_error_is_raised() -> None:
+    """By starlette, which vLLM answers with: an error of a send alone would leave the generator suspended."""
+
+    async def main() -> None:
+        ended_s: list[float] = []
+
+        async def generate() -> AsyncIterator[bytes]:
+            try:
+                while True:
+                    yield b"x"
+                    await asyncio.sleep(0.01)
+            finally:
+                ended_s.append(now_s())
+
+        app = StreamingResponse(generate())
+        exchange = Exchange(send=stall_after(5), stays=True)
+        with pytest.raises(ClientTooSlow) as raised:
+            await exchange.run(Departure(app, SEND_TIMEOUT_S))
+        assert len(ended_s) == 1, f"the generator is left to the garbage collector: {raised}"
+        assert len(exchange.sent) == 5
+
+    simulate(main)
+
+
+def test_an_application_that_does_not_stop_for_a_client_that_does_not_read_is_cancelled() -> None:
+    async def main() -> None:
+        async def deaf(scope: Scope, receive: Receive, send: Send) -> None:
+            await send(start_of())
+            await asyncio.get_running_loop().create_future()
+
+        with pytest.raises(ClientTooSlow):
+            await Exchange(send=never).run(Departure(deaf, SEND_TIMEOUT_S))
+        assert now_s() == pytest.approx(SEND_TIMEOUT_S + DEPARTURE_S)
+
+    simulate(main)
+
+
+def test_a_request_that_is_cancelled_while_its_client_does_not_read_is_cancelled() -> None:
+    async def main() -> None:
+        async def deaf(scope: Scope, receive: Receive, send: Send) -> None:
+            await send(start_of())
+            await asyncio.get_running_loop().create_future()
+
+        request = asyncio.create_task(Exchange(send=never).run(Departure(deaf, SEND_TIMEOUT_S)))
+        await asyncio.sleep(SEND_TIMEOUT_S + DEPARTURE_S / 2)
+        request.cancel()
+        await asyncio.wait([request])
+        assert request.cancelled()
 
     simulate(main)
 
