@@ -602,8 +602,8 @@ def test_many_sends_share_one_timer_and_each_is_given_up_alone() -> None:
             await asyncio.sleep(0.1)
             assert timers.num_running <= 1
         assert all((send.exception() is None) == (i % 2 == 1) for i, send in enumerate(sends))
-        # One after the other, four in a limit.
-        assert timers.num_started <= 5
+        # Four in a limit, one that may come a quarter late, and the one that finds nothing left to do.
+        assert timers.num_started <= 6
 
     simulate(main)
 
