@@ -94,6 +94,18 @@ def test_a_receipt_is_found_from_the_other_gateway(run: Run) -> None:
         assert found.count([{"gateway": owner}]) == found.count([None]) == 4
 
 
+def test_a_gateway_that_dies_is_no_member_any_more_and_its_successor_is_one(run: Run) -> None:
+    both = members(run)
+    os.kill(gateway_processes(run)[0].pid, signal.SIGKILL)
+
+    def is_replaced() -> bool:
+        found = members(run)
+        return len(found) == 2 and len(set(found) - set(both)) == 1
+
+    wait_until(is_replaced, "a new gateway in place of the dead one", DEADLINE_S)
+    assert sorted(scraped(run, "baton_gateway_up")) == members(run)
+
+
 def test_a_gateway_that_hangs_is_left_out_in_time_and_named(run: Run) -> None:
     both = members(run)
     process = gateway_processes(run)[0]
@@ -110,15 +122,3 @@ def test_a_gateway_that_hangs_is_left_out_in_time_and_named(run: Run) -> None:
     finally:
         process.send_signal(signal.SIGCONT)
     wait_until(lambda: set(scraped(run, "baton_gateway_up").values()) == {1.0}, "both in a scrape", DEADLINE_S)
-
-
-def test_a_gateway_that_dies_is_no_member_any_more_and_its_successor_is_one(run: Run) -> None:
-    both = members(run)
-    os.kill(gateway_processes(run)[0].pid, signal.SIGKILL)
-
-    def is_replaced() -> bool:
-        found = members(run)
-        return len(found) == 2 and len(set(found) - set(both)) == 1
-
-    wait_until(is_replaced, "a new gateway in place of the dead one", DEADLINE_S)
-    assert sorted(scraped(run, "baton_gateway_up")) == members(run)

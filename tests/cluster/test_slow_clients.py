@@ -1,4 +1,4 @@
-"""Clients that read slowly, stop reading, or read on through a reload of HAProxy, before simulated engines.
+"""Clients that read slowly or stop reading, before simulated engines: nothing is lost, nothing grows, nothing is held.
 
 Each event of a stream repeats the model's name. It is very long here, so that a short answer fills every buffer between
 gateway and client, those of the kernel too.
@@ -6,8 +6,6 @@ gateway and client, those of the kernel too.
 
 import json
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -23,7 +21,7 @@ from engine.vocabulary import plain_tokens
 from gateway.app import engine_spec
 from gateway.settings import load
 from tests.api.live import ROOT, Live, unique_tokens
-from tests.cluster.running import Run, wait_until
+from tests.cluster.running import Run
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -57,9 +55,6 @@ class Server(Live):
 
     def gateway_mib(self) -> float:
         return self._gateway.memory_info().rss / 2**20
-
-    def haproxies(self) -> set[int]:
-        return {p.pid for p in map(psutil.Process, self.run.pids()) if p.name() == "haproxy"}
 
 
 def is_gateway(process: psutil.Process) -> bool:
@@ -230,41 +225,3 @@ def test_clients_that_stop_reading_are_cut_off_while_others_are_served(server: S
     for stream in streams:
         assert server.receipt(stream.headers["x-baton-request-id"])["outcome"]["status"] == "aborted"
         stream.assert_cut()
-
-
-RELOAD = """
-import sys
-import ray
-ray.init(address=sys.argv[1], namespace="serve", log_to_driver=False, configure_logging=False)
-names = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True) if "SERVE_PROXY" in actor["name"]]
-
-(name,) = names
-haproxy = ray.get_actor(name, namespace="serve")
-for draining in (True, False):
-    ray.get(haproxy.update_draining.remote(draining), timeout=30)
-"""
-
-
-def reload_haproxy(run: Run) -> None:
-    """Serve's own graceful reload, as it does when its backends change: twice, to "draining" and back."""
-    (raylet,) = (p for p in map(psutil.Process, run.pids()) if p.name() == "raylet")
-    (address,) = (a.partition("=")[2] for a in raylet.cmdline() if a.startswith("--gcs-address="))
-    ended = subprocess.run(
-        [sys.executable, "-c", RELOAD, address], env=raylet.environ(), capture_output=True, text=True
-    )
-    assert ended.returncode == 0, ended.stderr
-
-
-def test_a_stream_goes_on_to_its_end_through_a_reload_of_haproxy(server: Server) -> None:
-    server.quiet(DEADLINE_S)
-    (old,) = server.haproxies()
-    stream = Stream(server, LONGEST_ANSWER_TOKENS)
-    while not stream.is_begun():
-        stream.read()
-    reload_haproxy(server.run)
-    assert old in server.haproxies()
-    assert server.load("decode")["num_running_requests"] == 1
-    while stream.read():
-        pass
-    stream.assert_whole()
-    wait_until(lambda: len(server.haproxies()) == 1 and old not in server.haproxies(), "the old HAProxy ends", 30)
