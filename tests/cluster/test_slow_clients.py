@@ -1,4 +1,4 @@
-"""Clients that read slowly or stop reading, before simulated engines: nothing is lost, nothing grows, nothing is held.
+"""Clients that read slowly, stop reading, or read on through a reload of HAProxy, before simulated engines.
 
 Each event of a stream repeats the model's name. It is very long here, so that a short answer fills every buffer between
 gateway and client, those of the kernel too.
@@ -6,6 +6,8 @@ gateway and client, those of the kernel too.
 
 import json
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -16,12 +18,13 @@ import pytest
 import yaml
 
 from engine.ports import free_ports
+from engine.protocol import Phase
 from engine.simulated import SimulatedEngineConfig, TokenRule, expected_answer
 from engine.vocabulary import plain_tokens
 from gateway.app import engine_spec
 from gateway.settings import load
 from tests.api.live import ROOT, Live, unique_tokens
-from tests.cluster.running import Run
+from tests.cluster.running import Run, wait_until
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -34,7 +37,7 @@ LONGEST_ANSWER_TOKENS = 8000
 PIECE_BYTES = 16 * 1024
 CLIENT_BUFFER_BYTES = 4096
 MAX_ADDED_MIB = 64.0
-"""For all clients together. Their answers are 600 MB when each token has an event of its own."""
+"""For all clients together. Their answers are 1.6 GB when each token has an event of its own."""
 
 
 class Server(Live):
@@ -55,6 +58,9 @@ class Server(Live):
 
     def gateway_mib(self) -> float:
         return self._gateway.memory_info().rss / 2**20
+
+    def haproxies(self) -> set[int]:
+        return {p.pid for p in map(psutil.Process, self.run.pids()) if p.name() == "haproxy"}
 
 
 def is_gateway(process: psutil.Process) -> bool:
@@ -170,7 +176,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     path = tmp_path_factory.mktemp("slow-clients") / "config.yaml"
     path.write_text(yaml.safe_dump(config))
     settings = load(path)
-    engine = engine_spec(settings, "decode").simulation
+    engine = engine_spec(settings, Phase.DECODE).simulation
     engine = replace(engine, token_rule=TokenRule(vocabulary=plain_tokens(settings.model.path)))
     run = Run(path, free_ports("127.0.0.1")[0], "gateway.app:build")
     try:
@@ -225,3 +231,37 @@ def test_clients_that_stop_reading_are_cut_off_while_others_are_served(server: S
     for stream in streams:
         assert server.receipt(stream.headers["x-baton-request-id"])["outcome"]["status"] == "aborted"
         stream.assert_cut()
+
+
+RELOAD = """
+import sys
+import ray
+ray.init(address=sys.argv[1], namespace="serve", log_to_driver=False, configure_logging=False)
+haproxy = ray.get_actor("SERVE_PROXY_ACTOR-" + ray.get_runtime_context().get_node_id())
+for draining in (True, False):
+    ray.get(haproxy.update_draining.remote(draining), timeout=30)
+"""
+
+
+def reload_haproxy(run: Run) -> None:
+    """Serve's own graceful reload, the one it does when its backends change: to "draining", and back."""
+    (raylet,) = (p for p in map(psutil.Process, run.pids()) if p.name() == "raylet")
+    (address,) = (a.partition("=")[2] for a in raylet.cmdline() if a.startswith("--gcs-address="))
+    command = [sys.executable, "-c", RELOAD, address]
+    ended = subprocess.run(command, env=raylet.environ(), capture_output=True, text=True, timeout=DEADLINE_S)
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_a_stream_goes_on_to_its_end_through_a_reload_of_haproxy(server: Server) -> None:
+    server.quiet(DEADLINE_S)
+    (old,) = server.haproxies()
+    stream = Stream(server, LONGEST_ANSWER_TOKENS)
+    while not stream.is_begun():
+        stream.read()
+    reload_haproxy(server.run)
+    assert server.haproxies() > {old}, "there was no reload, or the old HAProxy did not wait for the stream"
+    assert server.load("decode")["num_running_requests"] == 1, "the stream ended before the reload"
+    stream.read_all()
+    stream.assert_whole()
+    stream.socket.close()
+    wait_until(lambda: len(server.haproxies() - {old}) == len(server.haproxies()) == 1, "the old one ends", DEADLINE_S)
