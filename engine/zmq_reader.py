@@ -22,7 +22,7 @@ class ZmqReader:
         self._loop = asyncio.get_running_loop()
         self._descriptor = int(socket.getsockopt(zmq.FD))
         self._arrival: asyncio.Future[None] | None = None
-        self._loop.add_reader(self._descriptor, self._on_readable)
+        self._is_watching = self._is_closed = False
 
     async def recv_multipart(self, copy: bool = True) -> list[Any]:
         """The next message's frames. One caller at a time. Raises zmq.ZMQError when the socket is closed."""
@@ -31,6 +31,7 @@ class ZmqReader:
                 return self._socket.recv_multipart(zmq.NOBLOCK, copy=copy)
             except zmq.Again:
                 self._arrival = self._loop.create_future()
+                self._watch()
                 try:
                     await self._arrival
                 finally:
@@ -38,8 +39,22 @@ class ZmqReader:
 
     def close(self) -> None:
         """Stops watching; the socket stays as it is. May be repeated."""
-        self._loop.remove_reader(self._descriptor)
+        self._is_closed = True
+        self._stop_watching()
+
+    def _watch(self) -> None:
+        if not (self._is_watching or self._is_closed):
+            self._loop.add_reader(self._descriptor, self._on_readable)
+            self._is_watching = True
+
+    def _stop_watching(self) -> None:
+        if self._is_watching:
+            self._loop.remove_reader(self._descriptor)
+            self._is_watching = False
 
     def _on_readable(self) -> None:
-        if self._arrival is not None and not self._arrival.done():
+        if self._arrival is None:
+            # Nobody receives, so the descriptor stays readable: the loop would spin.
+            self._stop_watching()
+        elif not self._arrival.done():
             self._arrival.set_result(None)

@@ -8,9 +8,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from engine.ports import free_ports
 from gateway.runtime import processes
 from gateway.runtime.local import base_dir
 
@@ -90,3 +92,17 @@ class Run:
         shutil.rmtree(base_dir() / f"failed-{self.port}", ignore_errors=True)
         for process in processes.marked(self.id):
             os.kill(process.pid, signal.SIGKILL)
+
+
+@contextmanager
+def running(config: Path, application: str) -> Iterator[Run]:
+    """A run that is ready; it must end well and leave nothing behind."""
+    run = Run(config, free_ports("127.0.0.1")[0], application)
+    try:
+        run.wait_for("Ctrl-C stops it")
+        yield run
+        run.process.terminate()
+        assert run.exit_code() == 0
+        run.assert_nothing_left()
+    finally:
+        run.sweep()

@@ -13,9 +13,8 @@ import psutil
 import pytest
 import yaml
 
-from engine.ports import free_ports
 from tests.cluster.control import Control
-from tests.cluster.running import Run, wait_until
+from tests.cluster.running import Run, running, wait_until
 from tests.cluster.streams import Stream
 
 CONFIG = Path(__file__).parents[2] / "configs" / "simulated.yaml"
@@ -130,15 +129,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     config["runtime"] = {"demo_prompt": None}
     path = tmp_path_factory.mktemp("links") / "config.yaml"
     path.write_text(yaml.safe_dump(config))
-    run = Run(path, free_ports("127.0.0.1")[0], "tests.cluster.scalable_app:build")
-    try:
-        run.wait_for("Ctrl-C stops it")
+    with running(path, "tests.cluster.scalable_app:build") as run:
         yield run
-        run.process.terminate()
-        assert run.exit_code() == 0
-        run.assert_nothing_left()
-    finally:
-        run.sweep()
 
 
 @pytest.fixture(scope="module")

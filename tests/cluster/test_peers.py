@@ -9,9 +9,8 @@ import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from engine.ports import free_ports
 from gateway.peers_ray import TIMEOUT_S
-from tests.cluster.running import Run, wait_until
+from tests.cluster.running import Run, running, wait_until
 
 CONFIG = """
 model: {path: trivial/model, served_name: trivial}
@@ -27,16 +26,9 @@ SLACK_S = 1.5
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     config = tmp_path_factory.mktemp("peers") / "config.yaml"
     config.write_text(CONFIG)
-    run = Run(config, free_ports("127.0.0.1")[0], "tests.cluster.peers_app:build")
-    try:
-        run.wait_for("Ctrl-C stops it")
+    with running(config, "tests.cluster.peers_app:build") as run:
         wait_until(lambda: len(members(run)) == 2, "two gateways that know each other", DEADLINE_S)
         yield run
-        run.process.terminate()
-        assert run.exit_code() == 0
-        run.assert_nothing_left()
-    finally:
-        run.sweep()
 
 
 def get(run: Run, path: str) -> httpx.Response:

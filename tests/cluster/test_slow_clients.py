@@ -17,14 +17,13 @@ import psutil
 import pytest
 import yaml
 
-from engine.ports import free_ports
 from engine.protocol import Phase
 from engine.simulated import SimulatedEngineConfig, TokenRule, expected_answer
 from engine.vocabulary import plain_tokens
 from gateway.app import engine_spec
 from gateway.settings import load
 from tests.api.live import ROOT, Live, unique_tokens
-from tests.cluster.running import Run, wait_until
+from tests.cluster.running import Run, running, wait_until
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -178,17 +177,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     settings = load(path)
     engine = engine_spec(settings, Phase.DECODE).simulation
     engine = replace(engine, token_rule=TokenRule(vocabulary=plain_tokens(settings.model.path)))
-    run = Run(path, free_ports("127.0.0.1")[0], "gateway.app:build")
-    try:
-        run.wait_for("Ctrl-C stops it")
+    with running(path, "gateway.app:build") as run:
         server = Server(run, engine)
         yield server
         server.close()
-        run.process.terminate()
-        assert run.exit_code() == 0
-        run.assert_nothing_left()
-    finally:
-        run.sweep()
 
 
 def test_clients_that_read_slowly_get_every_token_and_cost_the_gateway_little_memory(server: Server) -> None:

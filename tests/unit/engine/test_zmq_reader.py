@@ -36,6 +36,10 @@ class Pair:
         """Returns when there is something to receive, and leaves it there."""
         assert self.receiver.poll(PATIENCE_S * 1000)
 
+    def announced(self) -> None:
+        """Returns when the descriptor tells of something. Looking at the socket would take the news off it."""
+        assert select.select([self.receiver.getsockopt(zmq.FD)], [], [], PATIENCE_S)[0]
+
     def close(self) -> None:
         self.context.destroy(linger=0)
 
@@ -125,10 +129,11 @@ def test_a_message_between_a_failed_receive_and_the_wait_is_received(pair: Pair,
         class Sending:
             """The loop, on which a message arrives just before the reader begins to wait."""
 
+            add_reader = loop.add_reader
+
             def create_future(self) -> "asyncio.Future[None]":
                 pair.send(7)
-                # Not by looking at the socket: that is what takes the news off its descriptor.
-                assert select.select([pair.receiver.getsockopt(zmq.FD)], [], [], PATIENCE_S)[0]
+                pair.announced()
                 return loop.create_future()
 
         reader._loop = Sending()  # type: ignore[assignment]
@@ -196,5 +201,31 @@ def test_a_closed_socket_is_an_error(pair: Pair, loops: Loops):
         pair.receiver.close()
         with pytest.raises(zmq.ZMQError):
             await reader.recv_multipart()
+
+    loops.run(test())
+
+
+class Counting(ZmqReader):
+    num_woken = 0
+
+    def _on_readable(self) -> None:
+        self.num_woken += 1
+        super()._on_readable()
+
+
+def test_a_message_that_nobody_receives_does_not_keep_the_loop_busy(pair: Pair, loops: Loops):
+    async def test() -> None:
+        reader = Counting(pair.receiver)
+        task = await waits(reader)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        pair.send(1, 2)
+        pair.announced()
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert reader.num_woken <= 1
+        assert await received(reader, 2) == [1, 2]
+        pair.send(3)
+        assert await received(reader, 1) == [3]
 
     loops.run(test())
