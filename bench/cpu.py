@@ -103,21 +103,28 @@ def first_in_line() -> Iterator[None]:
     A client that shares cores with what it measures is else kept waiting for up to a second: Linux groups processes by
     session (autogroup), and the small group of a client that sleeps most of the time gets a small share of a core.
     """
-    before = os.getpriority(os.PRIO_PROCESS, 0), _AUTOGROUP.read_text().split()[-1] if _AUTOGROUP.exists() else None
+    priority, group_priority = os.getpriority(os.PRIO_PROCESS, 0), _group_priority()
     try:
         os.setpriority(os.PRIO_PROCESS, 0, _HIGHEST_PRIORITY)
     except PermissionError:
         yield
         return
     try:
-        if before[1] is not None:
+        if group_priority is not None:
             _AUTOGROUP.write_text(str(_HIGHEST_PRIORITY))
         yield
     finally:
         # What the client starts between two loads must be as everything else is.
-        os.setpriority(os.PRIO_PROCESS, 0, before[0])
-        if before[1] is not None:
-            _AUTOGROUP.write_text(before[1])
+        os.setpriority(os.PRIO_PROCESS, 0, priority)
+        if group_priority is not None:
+            _AUTOGROUP.write_text(group_priority)
+
+
+def _group_priority() -> str | None:
+    """The priority of this process's group, or None where it has no group: Linux makes one per session, and a
+    process of the first session, as in many containers, is in none."""
+    shown = _AUTOGROUP.read_text().split() if _AUTOGROUP.exists() else []
+    return shown[-1] if shown else None
 
 
 def waited_s() -> float:

@@ -118,6 +118,23 @@ def test_a_client_that_may_not_be_first_in_line_measures_all_the_same(monkeypatc
         pass
 
 
+@pytest.mark.parametrize("shown", ["", None], ids=["in no group", "no groups in this kernel"])
+def test_a_client_without_a_group_has_a_priority_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shown: str | None
+) -> None:
+    asked: list[int] = []
+    group = tmp_path / "autogroup"
+    if shown is not None:
+        group.write_text(shown)
+    monkeypatch.setattr("bench.cpu._AUTOGROUP", group)
+    monkeypatch.setattr(os, "getpriority", lambda which, who: 2)
+    monkeypatch.setattr(os, "setpriority", lambda which, who, priority: asked.append(priority))
+    with first_in_line():
+        pass
+    assert asked == [-20, 2]
+    assert not group.exists() or group.read_text() == ""
+
+
 def test_waiting_for_a_processor_only_grows() -> None:
     before_s = waited_s()
     assert 0 <= before_s <= waited_s()
