@@ -145,6 +145,11 @@ def variables(
         Variable("RAY_SERVE_HAPROXY_MAXCONN", str(connections), "default 4096 is below what we admit"),
         Variable("RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S", "3600", "default 120 s: a reload would cut longer answers"),
         Variable(
+            "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S",
+            str(math.ceil(settings.gateway.send_timeout_s)),
+            "default 3600: a client that reads no more would keep its connection, cut off by the gateway, for an hour",
+        ),
+        Variable(
             "RAY_SERVE_HAPROXY_NBTHREAD", str(max(1, min(4, cores // 4))), "default 4 threads take the engines' cores"
         ),
         # engines

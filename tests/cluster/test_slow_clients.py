@@ -58,6 +58,14 @@ class Server(Live):
     def gateway_mib(self) -> float:
         return self._gateway.memory_info().rss / 2**20
 
+    def num_connections(self) -> int:
+        """Open connections of clients to the gateway, through HAProxy."""
+        haproxies = self.haproxies()
+        ports = {c.raddr.port for pid in haproxies for c in psutil.Process(pid).net_connections("tcp") if c.raddr}
+        mine = self._gateway.net_connections("tcp")
+        listening = {c.laddr.port for c in mine if c.status == psutil.CONN_LISTEN}
+        return len([c for c in mine if c.laddr.port in ports & listening and c.status != psutil.CONN_LISTEN])
+
     def haproxies(self) -> set[int]:
         return {p.pid for p in map(psutil.Process, self.run.pids()) if p.name() == "haproxy"}
 
@@ -222,6 +230,11 @@ def test_clients_that_stop_reading_are_cut_off_while_others_are_served(server: S
 
     for stream in streams:
         assert server.receipt(stream.headers["x-baton-request-id"])["outcome"]["status"] == "aborted"
+    # Their connections go although they still read nothing, and what is unsent with them.
+    server.wait(
+        lambda: server.num_connections() < NUM_CLIENTS / 2, "the gateway lets go of their connections", DEADLINE_S
+    )
+    for stream in streams:
         stream.assert_cut()
 
 
