@@ -91,7 +91,12 @@ FromWorker = Answer | Report | Farewell
 
 
 class LinkBroken(ConnectionError):
-    """The connection has ended, or what came over it is not of this protocol."""
+    """The connection has ended, or what came over it is not of this protocol. `peer_ended`: the other side's process
+    has closed it, or its system has for it."""
+
+    def __init__(self, message: str, *, peer_ended: bool = False):
+        super().__init__(message)
+        self.peer_ended = peer_ended
 
 
 class Frames:
@@ -112,7 +117,9 @@ class Frames:
             if size > max_bytes:
                 raise LinkBroken(f"a message of {size} bytes was announced; {max_bytes} are allowed")
             return await self._reader.readexactly(size)
-        except (OSError, asyncio.IncompleteReadError) as error:
+        except (ConnectionResetError, asyncio.IncompleteReadError) as error:
+            raise LinkBroken(str(error) or type(error).__name__, peer_ended=True) from error
+        except OSError as error:
             raise LinkBroken(str(error) or type(error).__name__) from error
 
     async def send(self, message: bytes) -> None:
@@ -120,6 +127,8 @@ class Frames:
         try:
             self._writer.write(HEADER.pack(len(message)) + message)
             await self._writer.drain()
+        except (ConnectionResetError, BrokenPipeError) as error:
+            raise LinkBroken(str(error) or type(error).__name__, peer_ended=True) from error
         except OSError as error:
             raise LinkBroken(str(error) or type(error).__name__) from error
 

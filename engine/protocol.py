@@ -168,6 +168,7 @@ class WorkerReport(msgspec.Struct, frozen=True, array_like=True):
 
     `others_in_flight` is what the other gateways have on this worker. `blocks` are the changes of the engine's cached
     blocks since the report before: a snapshot in the first report, and whenever one is shorter than the changes.
+    `engine_silent_s`: for how long the engine has told nothing although it holds requests; 0 when it holds none.
     """
 
     replica_id: str
@@ -178,6 +179,7 @@ class WorkerReport(msgspec.Struct, frozen=True, array_like=True):
     info: EngineInfo | None = None
     others_in_flight: InFlight = InFlight()
     blocks: BlockChanges | None = None
+    engine_silent_s: float = 0.0
 
 
 class EngineGoneError(RuntimeError):

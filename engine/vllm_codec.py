@@ -40,6 +40,14 @@ def decode_logprobs(data: bytes) -> LogprobsPayload:
     return MsgpackDecoder(LogprobsPayload).decode(_split(data))
 
 
+def drop_logprobs(data: bytes, num_tokens: int) -> bytes:
+    """The logprobs of a delta without its first `num_tokens` tokens, and without the prompt's."""
+    new = decode_logprobs(data).new
+    if new is None:
+        return encode_logprobs(LogprobsPayload())
+    return encode_logprobs(LogprobsPayload(new.slice_request(num_tokens, len(new.logprobs) - num_tokens)))
+
+
 def _join(frames: Any) -> bytes:
     # vLLM puts large arrays into frames of their own; the worker protocol wants one piece.
     return msgspec.msgpack.encode([bytes(memoryview(frame)) for frame in frames])

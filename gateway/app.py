@@ -71,6 +71,7 @@ class Gateway:
         self, settings: dict[str, Any], decode: DeploymentHandle, prefill: DeploymentHandle | None = None
     ) -> None:
         # vLLM takes seconds to import, and the process that only builds the application has no use for it.
+        from engine.vllm_codec import drop_logprobs
         from gateway.api.server import make_app, warm_up_sampling
 
         log = logging.getLogger("baton")
@@ -88,6 +89,10 @@ class Gateway:
                 handoff_timeout_s=config.handoff.timeout_s,
                 max_in_flight_requests=config.gateway.max_in_flight_requests,
                 warm_up_sampling=warm_up_sampling(),
+                report_timeout_s=config.recovery.worker_timeout_s,
+                engine_timeout_s=config.recovery.engine_timeout_s,
+                recovery_timeout_s=config.recovery.placement_timeout_s,
+                drop_logprobs=drop_logprobs,
             ),
             closed=metrics.count,
         )

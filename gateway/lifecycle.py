@@ -1,56 +1,120 @@
 """Owns the life of one sequence as a pure state machine: (state, event) -> (state, actions). No I/O, no clock.
 
-| stage      | event                              | next       | actions                                     |
-|------------|------------------------------------|------------|---------------------------------------------|
-| NEW        | Start, follower of a group         | WAITING    | -                                           |
-| NEW        | Start, placed with prefill         | PREFILLING | SubmitPrefill                               |
-| NEW        | Start, placed without prefill      | DECODING   | SubmitDecode(no hand-off)                   |
-| WAITING    | LeaderStarted                      | DECODING   | SubmitDecode(no hand-off)                   |
-| PREFILLING | PrefillFinished                    | DECODING   | SubmitDecode(its hand-off; none is a fault) |
-| PREFILLING | PrefillFinished, answer complete   | DONE       | Release(its hand-off, if any)               |
-| PREFILLING | SubmitFailed, ReplicaLost(prefill) | DECODING   | SubmitDecode(no hand-off), fault            |
-| PREFILLING | Deadline                           | DECODING   | Abort(prefill), SubmitDecode(none), fault   |
-| any open   | SubmitFailed, ReplicaLost(decode)  | DONE       | Abort(prefill) if prefilling, Fail, fault   |
-| DECODING   | PrefillFinished with a hand-off    | DECODING   | Release(its hand-off): it came too late     |
-| DECODING   | PullFailed                         | DECODING   | -, fault                                    |
-| DECODING   | Delta(last)                        | DONE       | -                                           |
-| WAITING    | Abort                              | DONE       | -                                           |
-| PREFILLING | Abort                              | DONE       | Abort(prefill)                              |
-| DECODING   | Abort                              | DONE       | Abort(decode)                               |
-| DONE       | PrefillFinished with a hand-off    | DONE       | Release(its hand-off)                       |
-| any        | anything else                      | the same   | -                                           |
+| stage      | event                                | next       | actions                                              |
+|------------|--------------------------------------|------------|------------------------------------------------------|
+| NEW        | Start, follower of a group           | WAITING    | -                                                    |
+| NEW        | Start, placed with prefill           | PREFILLING | SubmitPrefill                                        |
+| NEW        | Start, placed without prefill        | DECODING   | SubmitDecode(no hand-off)                            |
+| WAITING    | LeaderStarted                        | DECODING   | SubmitDecode(no hand-off)                            |
+| PREFILLING | PrefillFinished                      | DECODING   | SubmitDecode(its hand-off; none is a fault)          |
+| PREFILLING | PrefillFinished, answer complete     | DONE       | Release(its hand-off, if any)                        |
+| PREFILLING | prefill refuses                      | DECODING   | SubmitDecode(no hand-off), fault                     |
+| PREFILLING | prefill is lost                      | PLACING    | Place, fault                                         |
+| PREFILLING | Deadline                             | PLACING    | Abort(prefill), Place, fault                         |
+| WAITING    | decode is lost                       | PLACING    | Place, fault                                         |
+| PREFILLING | decode is lost                       | PLACING    | Abort(prefill), Place, fault                         |
+| DECODING   | decode is lost                       | PLACING    | Release(an unfetched hand-off) if it is dead, Place, |
+|            |                                      |            | fault                                                |
+| PLACING    | Placed with prefill                  | PREFILLING | SubmitPrefill                                        |
+| PLACING    | Placed without prefill               | DECODING   | SubmitDecode(no hand-off)                            |
+| PLACING    | Unplaceable                          | DONE       | Fail, fault                                          |
+| any open   | decode refuses                       | DONE       | Abort(prefill) if prefilling, Fail, fault            |
+| DECODING   | prefill is lost, but not dead, with  | PLACING    | Abort(decode), Place, fault                          |
+|            | a hand-off that is not fetched yet   |            |                                                      |
+| DECODING   | Delta(last)                          | DONE       | -                                                    |
+| DECODING   | Mismatch                             | DONE       | Abort(decode), Fail, fault                           |
+| DECODING   | PrefillFinished with a hand-off      | DECODING   | Release(its hand-off): it came too late              |
+| DECODING   | PullFailed                           | DECODING   | -, fault                                             |
+| open       | AbortAsked                           | DONE       | Abort(where it is placed and was sent)               |
+| any        | anything else                        | the same   | -                                                    |
 
-Open are WAITING, PREFILLING and DECODING; NEW is left within the call that makes it. There is no second SubmitDecode:
-if the decode replica does not take a hand-off, the one who sent it there gives it back.
+Open are WAITING, PREFILLING, PLACING and DECODING; NEW is left within the call that makes it. *Lost* is ReplicaLost, or
+a SubmitFailed that is no refusal. A sequence that was placed MAX_PLACEMENTS times fails instead of PLACING.
+
+Each placement is an attempt with an engine request id of its own (`engine_request_id`), so that what an engine still
+tells of an earlier attempt is never taken for the present one. What it hands over is released by whoever hears of it.
+
+The hand-off of an attempt is fetched once (invariant I1): when a decode replica is lost, its blocks are given back if
+the replica's process is dead, and wait for the end of their lease if it may live: then it may be fetching them.
 
 A group is the choices (n > 1) of one prompt. Its first sequence leads: only it is prefilled remotely, so the hand-off
-is pulled once, and the others start on the same decode replica when the leader's blocks are in its prefix cache.
+is pulled once, and the others start on the same decode replica when the leader's blocks are in its prefix cache. After
+a loss each of them is placed for itself.
 """
 
 import enum
 from dataclasses import dataclass, replace
+from typing import TypeGuard
 
 from engine.protocol import KVHandoff
+
+MAX_PLACEMENTS = 5
 
 
 class Stage(enum.StrEnum):
     NEW = "new"
     WAITING = "waiting"
     PREFILLING = "prefilling"
+    PLACING = "placing"
     DECODING = "decoding"
     DONE = "done"
 
 
+class FaultKind(enum.StrEnum):
+    """What went wrong, as metrics count it."""
+
+    PREFILL_LOST = "prefill_lost"
+    PREFILL_SLOW = "prefill_slow"
+    PREFILL_FAILED = "prefill_failed"
+    PULL_FAILED = "pull_failed"
+    DECODE_LOST_BEFORE_TOKEN = "decode_lost_before_token"
+    DECODE_LOST_MID_STREAM = "decode_lost_mid_stream"
+    DECODE_REFUSED = "decode_refused"
+    REPLAY_DIFFERS = "replay_differs"
+    UNPLACEABLE = "unplaceable"
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One thing that went wrong, and what was done about it, in words."""
+
+    kind: FaultKind
+    what: str
+    done: str
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.done}"
+
+
 @dataclass(frozen=True, slots=True)
 class SequenceState:
-    """One sequence: where it is placed, how far it is, and which faults it has met."""
+    """One sequence: where it is placed, how far it is, and which faults it has met.
+
+    `resumable`: an engine that is given prompt and answer so far goes on exactly as the one that is lost; otherwise the
+    answer is written anew from its first token and compared. `lost` are the replicas it must not be placed on again.
+    `handoff` is what the decode replica was sent and has not told the fetch of.
+    """
 
     request_id: str
     prefill: str | None
     decode: str
     leads: bool = True
+    resumable: bool = False
     stage: Stage = Stage.NEW
-    faults: tuple[str, ...] = ()
+    num_placements: int = 1
+    has_written: bool = False
+    handoff: KVHandoff | None = None
+    lost: frozenset[str] = frozenset()
+    faults: tuple[Fault, ...] = ()
+
+    @property
+    def engine_request_id(self) -> str:
+        """What the engines of the present attempt call it."""
+        return engine_request_id(self.request_id, self.num_placements)
+
+
+def engine_request_id(request_id: str, num_placements: int) -> str:
+    return request_id if num_placements == 1 else f"{request_id}~{num_placements}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +128,27 @@ class LeaderStarted:
 
 
 @dataclass(frozen=True, slots=True)
+class Placed:
+    """Where the next attempt runs."""
+
+    prefill: str | None
+    decode: str
+
+
+@dataclass(frozen=True, slots=True)
+class Unplaceable:
+    """No replica took it within the time that the configuration allows."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class PrefillFinished:
-    """`answered`: the first token, which prefill has written, was also the last."""
+    """`has_written`: prefill has written the answer's next token; `answered`: it was also the last."""
 
     handoff: KVHandoff | None
     error: str | None = None
+    has_written: bool = False
     answered: bool = False
 
 
@@ -79,20 +159,34 @@ class PullFailed:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    last: bool
+    """The decode replica has told something; `last`: the answer is complete."""
+
+    last: bool = False
+    has_written: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Mismatch:
+    """An answer that was begun again is not the one the client has the beginning of."""
 
 
 @dataclass(frozen=True, slots=True)
 class SubmitFailed:
-    """The replica did not take the request; `error` says why."""
+    """The replica did not take the request; `error` says why. `refused`: it is well and says no; `is_dead` as in
+    ReplicaLost."""
 
     replica_id: str
     error: str
+    refused: bool = False
+    is_dead: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaLost:
+    """`is_dead`: its process has certainly ended; otherwise it may go on unheard."""
+
     replica_id: str
+    is_dead: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +200,18 @@ class AbortAsked:
 
 
 Event = (
-    Start | LeaderStarted | PrefillFinished | PullFailed | Delta | SubmitFailed | ReplicaLost | Deadline | AbortAsked
+    Start
+    | LeaderStarted
+    | Placed
+    | Unplaceable
+    | PrefillFinished
+    | PullFailed
+    | Delta
+    | Mismatch
+    | SubmitFailed
+    | ReplicaLost
+    | Deadline
+    | AbortAsked
 )
 
 
@@ -123,6 +228,8 @@ class SubmitDecode:
 
 @dataclass(frozen=True, slots=True)
 class AbortOn:
+    """Stop the present attempt on a replica."""
+
     replica_id: str
 
 
@@ -134,16 +241,24 @@ class Release:
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """Find replicas for the next attempt, none of `lost`; answer with Placed or Unplaceable."""
+
+    lost: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
 class Fail:
     """Tell the client that the request failed."""
 
     error: str
 
 
-Action = SubmitPrefill | SubmitDecode | AbortOn | Release | Fail
+Action = SubmitPrefill | SubmitDecode | AbortOn | Release | Place | Fail
+Transition = tuple[SequenceState, tuple[Action, ...]]
 
 
-def advance(state: SequenceState, event: Event) -> tuple[SequenceState, tuple[Action, ...]]:
+def advance(state: SequenceState, event: Event) -> Transition:
     """One transition of the table above. Events that mean nothing in a stage change nothing."""
     match state.stage:
         case Stage.NEW:
@@ -152,6 +267,8 @@ def advance(state: SequenceState, event: Event) -> tuple[SequenceState, tuple[Ac
             return _while_waiting(state, event)
         case Stage.PREFILLING:
             return _while_prefilling(state, event)
+        case Stage.PLACING:
+            return _while_placing(state, event)
         case Stage.DECODING:
             return _while_decoding(state, event)
         case Stage.DONE:
@@ -160,82 +277,149 @@ def advance(state: SequenceState, event: Event) -> tuple[SequenceState, tuple[Ac
             return state, ()
 
 
-def _start(state: SequenceState) -> tuple[SequenceState, tuple[Action, ...]]:
+def _start(state: SequenceState) -> Transition:
     if not state.leads:
         return replace(state, stage=Stage.WAITING), ()
+    return _go(state)
+
+
+def _go(state: SequenceState) -> Transition:
+    """Sets off the attempt that the state's placement describes."""
     if state.prefill is not None:
         return replace(state, stage=Stage.PREFILLING), (SubmitPrefill(state.prefill),)
     return _decode(state, None)
 
 
-def _while_waiting(state: SequenceState, event: Event) -> tuple[SequenceState, tuple[Action, ...]]:
-    if isinstance(event, LeaderStarted):
-        return _decode(state, None)
-    if _is_loss_of(state.decode, event):
-        return _failed(state, event)
-    if isinstance(event, AbortAsked):
-        return replace(state, stage=Stage.DONE), ()
-    return state, ()
+def _while_waiting(state: SequenceState, event: Event) -> Transition:
+    match event:
+        case LeaderStarted():
+            return _decode(state, None)
+        case AbortAsked():
+            return replace(state, stage=Stage.DONE), ()
+        case _ if _is_loss_of(state.decode, event):
+            return _place_again(state, FaultKind.DECODE_LOST_BEFORE_TOKEN, event, state.decode)
+        case _:
+            return state, ()
 
 
-def _while_prefilling(state: SequenceState, event: Event) -> tuple[SequenceState, tuple[Action, ...]]:
+def _while_prefilling(state: SequenceState, event: Event) -> Transition:
     assert state.prefill is not None
     match event:
         case PrefillFinished(handoff, answered=True):
-            return replace(state, stage=Stage.DONE), (Release(handoff),) if handoff is not None else ()
-        case PrefillFinished(handoff, error):
+            return replace(state, stage=Stage.DONE, has_written=True), (Release(handoff),) if handoff else ()
+        case PrefillFinished(handoff, error, has_written):
+            state = replace(state, has_written=state.has_written or has_written)
             if handoff is None:
-                state = _with_fault(state, f"prefill on {state.prefill} gave no hand-off: {error or 'no reason given'}")
+                what = f"prefill on {state.prefill} gave no hand-off: {error or 'no reason given'}"
+                state = _with_fault(state, FaultKind.PREFILL_FAILED, what, "decode reads the prompt itself")
             return _decode(state, handoff)
         case AbortAsked():
             return replace(state, stage=Stage.DONE), (AbortOn(state.prefill),)
         case Deadline():
-            state, actions = _decode(_with_fault(state, f"prefill on {state.prefill} took too long"), None)
+            what = f"prefill on {state.prefill} took too long"
+            return _again(state, FaultKind.PREFILL_SLOW, what, state.prefill, (AbortOn(state.prefill),))
+        case SubmitFailed(state.prefill, refused=True):
+            state = _with_fault(state, FaultKind.PREFILL_FAILED, _loss(event), "decode reads the prompt itself")
+            return _decode(state, None)
+        case SubmitFailed(state.decode, refused=True):
+            state, actions = _failed(state, FaultKind.DECODE_REFUSED, _loss(event))
             return state, (AbortOn(state.prefill or ""), *actions)
         case _ if _is_loss_of(state.decode, event):
-            state, actions = _failed(state, event)
-            return state, (AbortOn(state.prefill or ""), *actions)
+            return _place_again(state, _decode_lost(state), event, state.decode, (AbortOn(state.prefill),))
         case _ if _is_loss_of(state.prefill, event):
-            return _decode(_with_fault(state, _loss(event)), None)
+            return _place_again(state, FaultKind.PREFILL_LOST, event, state.prefill)
         case _:
             return state, ()
 
 
-def _while_decoding(state: SequenceState, event: Event) -> tuple[SequenceState, tuple[Action, ...]]:
+def _while_placing(state: SequenceState, event: Event) -> Transition:
     match event:
-        case Delta(last=True):
-            return replace(state, stage=Stage.DONE), ()
+        case Placed(prefill, decode):
+            return _go(replace(state, prefill=prefill, decode=decode, num_placements=state.num_placements + 1))
+        case Unplaceable(reason):
+            return _failed(state, FaultKind.UNPLACEABLE, reason)
         case AbortAsked():
-            return replace(state, stage=Stage.DONE), (AbortOn(state.decode),)
+            return replace(state, stage=Stage.DONE), ()
         case PrefillFinished(handoff=handoff) if handoff is not None:
-            # Prefill finished after its deadline: decode has begun without it.
+            return state, (Release(handoff),)
+        case _:
+            return state, ()
+
+
+def _while_decoding(state: SequenceState, event: Event) -> Transition:
+    match event:
+        case Delta(last, has_written):
+            stage = Stage.DONE if last else Stage.DECODING
+            return replace(state, stage=stage, has_written=state.has_written or has_written, handoff=None), ()
+        case Mismatch():
+            what = f"{state.decode} began the answer again and wrote other tokens than the client has"
+            state, actions = _failed(state, FaultKind.REPLAY_DIFFERS, what)
+            return state, (AbortOn(state.decode), *actions)
+        case AbortAsked():
+            return replace(state, stage=Stage.DONE, handoff=None), (AbortOn(state.decode),)
+        case PrefillFinished(handoff=handoff) if handoff is not None:
+            # Prefill finished after it was given up: decode has begun without it.
             return state, (Release(handoff),)
         case PullFailed():
-            return _with_fault(state, f"{state.decode} could not fetch the hand-off of {state.prefill}"), ()
+            what = f"{state.decode} could not fetch the hand-off of {state.prefill}"
+            return _with_fault(state, FaultKind.PULL_FAILED, what, "it has read the prompt itself"), ()
+        case SubmitFailed(state.decode, refused=True):
+            return _failed(replace(state, handoff=None), FaultKind.DECODE_REFUSED, _loss(event))
         case _ if _is_loss_of(state.decode, event):
-            return _failed(state, event)
+            given_back = (Release(state.handoff),) if state.handoff is not None and event.is_dead else ()
+            return _place_again(replace(state, handoff=None), _decode_lost(state), event, state.decode, given_back)
+        case ReplicaLost(state.prefill, is_dead=False) if state.handoff is not None:
+            # A fetch from a dead process fails; one from a process that hangs may never end.
+            state = replace(state, handoff=None)
+            return _place_again(state, FaultKind.PREFILL_LOST, event, state.prefill or "", (AbortOn(state.decode),))
         case _:
             return state, ()
 
 
-def _decode(state: SequenceState, handoff: KVHandoff | None) -> tuple[SequenceState, tuple[Action, ...]]:
-    return replace(state, stage=Stage.DECODING), (SubmitDecode(state.decode, handoff),)
+def _decode(state: SequenceState, handoff: KVHandoff | None) -> Transition:
+    return replace(state, stage=Stage.DECODING, handoff=handoff), (SubmitDecode(state.decode, handoff),)
 
 
-def _failed(state: SequenceState, event: Event) -> tuple[SequenceState, tuple[Action, ...]]:
-    return replace(_with_fault(state, _loss(event)), stage=Stage.DONE), (Fail(_loss(event)),)
+def _place_again(
+    state: SequenceState,
+    kind: FaultKind,
+    event: SubmitFailed | ReplicaLost,
+    lost: str,
+    first: tuple[Action, ...] = (),
+) -> Transition:
+    return _again(state, kind, _loss(event), lost, first)
 
 
-def _with_fault(state: SequenceState, fault: str) -> SequenceState:
-    return replace(state, faults=(*state.faults, fault))
+def _again(state: SequenceState, kind: FaultKind, what: str, lost: str, first: tuple[Action, ...] = ()) -> Transition:
+    """The next attempt, after `first`; or the end, when there have been enough."""
+    if state.num_placements >= MAX_PLACEMENTS:
+        state, actions = _failed(state, kind, f"{what}, after {state.num_placements} placements")
+        return state, (*first, *actions)
+    done = "placed again"
+    if state.has_written:
+        done = "goes on elsewhere" if state.resumable else "begun again elsewhere and compared"
+    state = _with_fault(replace(state, lost=state.lost | {lost}), kind, what, done)
+    return replace(state, stage=Stage.PLACING), (*first, Place(state.lost))
 
 
-def _is_loss_of(replica_id: str, event: Event) -> bool:
-    return isinstance(event, SubmitFailed | ReplicaLost) and event.replica_id == replica_id
+def _failed(state: SequenceState, kind: FaultKind, what: str) -> Transition:
+    return replace(_with_fault(state, kind, what, "the request failed"), stage=Stage.DONE), (Fail(what),)
 
 
-def _loss(event: Event) -> str:
+def _with_fault(state: SequenceState, kind: FaultKind, what: str, done: str) -> SequenceState:
+    return replace(state, faults=(*state.faults, Fault(kind, what, done)))
+
+
+def _decode_lost(state: SequenceState) -> FaultKind:
+    return FaultKind.DECODE_LOST_MID_STREAM if state.has_written else FaultKind.DECODE_LOST_BEFORE_TOKEN
+
+
+def _is_loss_of(replica_id: str, event: Event) -> TypeGuard[SubmitFailed | ReplicaLost]:
+    is_loss = isinstance(event, ReplicaLost) or (isinstance(event, SubmitFailed) and not event.refused)
+    return is_loss and event.replica_id == replica_id
+
+
+def _loss(event: SubmitFailed | ReplicaLost) -> str:
     if isinstance(event, SubmitFailed):
         return f"{event.replica_id} did not take the request: {event.error}"
-    assert isinstance(event, ReplicaLost)
     return f"{event.replica_id} was lost"

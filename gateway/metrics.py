@@ -19,7 +19,7 @@ TTFT = Histogram("baton_ttft_seconds", "From the HTTP request's arrival to its f
 DURATION = Histogram("baton_request_seconds", "From the HTTP request's arrival to its last token", buckets=BUCKETS_S)
 REQUESTS = Counter("baton_requests", "Prompts by what became of them", ["status", "split"])
 REJECTIONS = Counter("baton_rejections", "Prompts that were not placed, by what the client was told", ["status"])
-FAULTS = Counter("baton_faults", "Faults met by requests, whether the client noticed or not")
+FAULTS = Counter("baton_faults", "Faults met by requests, whether the client noticed or not", ["kind"])
 PROMPT_TOKENS = Counter("baton_prompt_tokens", "Prompt tokens by where they came from", ["source"])
 KV_BYTES = Counter("baton_kv_moved_bytes", "Bytes of KV cache that decode engines fetched from prefill engines")
 
@@ -28,7 +28,8 @@ def count(receipt: Receipt) -> None:
     """Counts a closed receipt."""
     outcome = receipt.outcome
     REQUESTS.labels(outcome.status, "yes" if receipt.placement.prefill else "no").inc()
-    FAULTS.inc(len(outcome.faults))
+    for kind in outcome.fault_kinds:
+        FAULTS.labels(kind).inc()
     PROMPT_TOKENS.labels("cache").inc(outcome.reused_tokens)
     PROMPT_TOKENS.labels("computed").inc(max(outcome.prompt_tokens - outcome.reused_tokens, 0))
     KV_BYTES.inc(outcome.kv_bytes_moved)

@@ -5,6 +5,7 @@ import dataclasses
 import logging
 import secrets
 import time
+from array import array
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,28 +14,24 @@ import msgspec
 
 from engine.protocol import (
     EngineRequest,
-    EngineTimes,
     FinishReason,
     InvalidEngineRequestError,
     KVHandoff,
     Phase,
-    PrefillFacts,
     TokenDelta,
     WorkerReport,
 )
 from gateway import lifecycle
 from gateway.cluster import Cluster, Replica
 from gateway.lifecycle import SequenceState, Stage
+from gateway.membership import Membership, MembershipConfig
+from gateway.outcome import Attempt, GroupTimes, History, blocks_moved, facts_for_client, outcome
 from gateway.routing.policies import Policy, place
-from gateway.routing.receipts import Outcome, Receipt, ReceiptStore, Times
-from gateway.routing.types import Placement, Rejection, RequestView
-from gateway.transport import Members, ReplicaGoneError, WorkerTransport
+from gateway.routing.receipts import Decision, Outcome, Receipt, ReceiptStore
+from gateway.routing.types import ClusterSnapshot, Placement, Rejection, RequestView
+from gateway.transport import ReplicaGoneError, WorkerTransport
 
 log = logging.getLogger("baton.orchestrator")
-
-REATTACH_PAUSE_S = (0.1, 0.5, 1.0, 2.0, 5.0)
-WARM_UP_PAUSE_S = (0.1, 0.5, 1.0)
-WARM_UP_TIMEOUT_S = 60.0
 
 
 class PlacementRejected(Exception):
@@ -50,7 +47,8 @@ class SequenceRequest:
     """One choice of one prompt, as the front end asks for it.
 
     `resumable`: an engine that is given the prompt and the tokens written so far goes on exactly as the engine that
-    wrote them would have. Then prefill writes the first token (docs/adr/0010).
+    wrote them would have. Then prefill writes the first token of an only choice (docs/adr/0010), and an answer whose
+    decode replica is lost goes on elsewhere; any other is begun again there and compared.
     """
 
     request_id: str
@@ -79,32 +77,38 @@ class Group:
 
 @dataclass
 class Sequence:
-    """The mutable record around one sequence's immutable state."""
+    """The mutable record around one sequence's immutable state. `written` is what the client has of the answer."""
 
     request: SequenceRequest
     group: Group
     state: SequenceState
-    arrived_s: float
-    first_token_s: float | None = None
-    written: list[int] = field(default_factory=list)
-    output_tokens: int = 0
-    finish_reason: FinishReason | None = None
-    prefill_facts: PrefillFacts | None = None
-    decode_facts: PrefillFacts | None = None
-    prefill_times: EngineTimes | None = None
-    decode_times: EngineTimes | None = None
-    blocks_moved: int = 0
-    handoff_blocks: int = 0
-    submitting_to: set[str] = field(default_factory=set)
-    abort_after_submit: set[str] = field(default_factory=set)
+    history: History
+    written: "array[int]" = field(default_factory=lambda: array("I"))
     deadline: asyncio.TimerHandle | None = None
+
+    @property
+    def attempt(self) -> Attempt:
+        return self.history.attempt
+
+    @property
+    def prefill_writes(self) -> bool:
+        """Whether the token that ends a prefill is the answer's next one."""
+        return self.request.resumable and self.group.num_choices == 1
 
 
 @dataclass(frozen=True)
 class OrchestratorConfig:
+    """`recovery_timeout_s`: how long a request that a fault has displaced waits for a replica.
+    `drop_logprobs(logprobs, n)` leaves out the first n tokens of a delta's logprobs and those of the prompt. For the
+    rest see `MembershipConfig`."""
+
     handoff_timeout_s: float
     max_in_flight_requests: int
     warm_up_sampling: bytes
+    report_timeout_s: float = 5.0
+    engine_timeout_s: float = 20.0
+    recovery_timeout_s: float = 120.0
+    drop_logprobs: Callable[[bytes, int], bytes] = lambda logprobs, num_tokens: logprobs
 
 
 class Orchestrator:
@@ -132,37 +136,36 @@ class Orchestrator:
         self._wall_clock = wall_clock
         self._new_seed = new_seed
         self._sequences: dict[str, Sequence] = {}
+        self._by_engine_id: dict[str, Sequence] = {}
+        self._displaced: dict[str, Sequence] = {}
+        self._submitting: set[tuple[str, str]] = set()
+        self._abort_after_submit: set[tuple[str, str]] = set()
         self._batches: asyncio.Queue[list[TokenDelta]] = asyncio.Queue()
-        self._probes: dict[str, tuple[str, asyncio.Future[TokenDelta]]] = {}
-        self._followers: dict[str, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._members: Members = {}
-        self._warming = asyncio.Lock()
-        self._readiness = asyncio.Condition()
         self._closed = False
+        self._membership = Membership(
+            self.cluster,
+            transport,
+            MembershipConfig(config.warm_up_sampling, config.report_timeout_s, config.engine_timeout_s),
+            self._spawn,
+            on_report=self._on_report,
+            on_lost=self._on_replica_lost,
+            on_ready=self._place_displaced,
+            is_needed=self._is_needed,
+        )
 
     # -- life of the orchestrator
 
     async def start(self, expected: Mapping[Phase, int], timeout_s: float) -> None:
-        """Waits until every pool has its expected replicas, attached and warm. Raises TimeoutError."""
-        self._transport.watch(self._on_members)
-
-        def ready() -> bool:
-            return all(len(self.cluster.pool(phase, ready_only=True)) >= n for phase, n in expected.items())
-
-        try:
-            async with asyncio.timeout(timeout_s), self._readiness:
-                await self._readiness.wait_for(ready)
-        except TimeoutError as error:
-            have = (f"{len(self.cluster.pool(p, ready_only=True))} of {n} {p}" for p, n in expected.items())
-            raise TimeoutError(f"after {timeout_s:.0f} s only {' and '.join(have)} replicas are ready") from error
+        """Waits until every pool has its expected replicas, and all there are, attached and warm. Raises TimeoutError."""
+        await self._membership.start(expected, timeout_s)
 
     async def close(self) -> None:
         self._closed = True
         for sequence in self._sequences.values():
-            if sequence.deadline:
-                sequence.deadline.cancel()
-        tasks = [*self._followers.values(), *self._tasks]
+            _cancel_deadline(sequence)
+        await self._membership.close()
+        tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -182,14 +185,18 @@ class Orchestrator:
         if not group.sequences and len(self._sequences) + group.num_choices > limit:
             raise PlacementRejected(Rejection(503, f"this gateway already holds {limit} sequences", 1))
         if group.placement is None:
-            self._place(request, group)
+            self._place_group(request, group)
         assert group.placement is not None
         state = SequenceState(
-            request.request_id, group.placement.prefill, group.placement.decode, leads=not group.sequences
+            request.request_id,
+            group.placement.prefill,
+            group.placement.decode,
+            leads=not group.sequences,
+            resumable=request.resumable,
         )
-        sequence = Sequence(request, group, state, arrived_s)
+        sequence = Sequence(request, group, state, History(len(request.prompt_token_ids), arrived_s))
         group.sequences.append(sequence)
-        self._sequences[request.request_id] = sequence
+        self._sequences[request.request_id] = self._by_engine_id[request.request_id] = sequence
         self.cluster.sent(state.decode, request.request_id, len(request.prompt_token_ids))
         self._advance(sequence, lifecycle.Start())
         if not state.leads and group.leader_started:
@@ -199,7 +206,7 @@ class Orchestrator:
         """Stops sequences wherever they are; unknown ids are ignored. STOP: the front end has all the text it needs."""
         for request_id in request_ids:
             if sequence := self._sequences.get(request_id):
-                sequence.finish_reason = reason
+                sequence.history.finish_reason = reason
                 self._advance(sequence, lifecycle.AbortAsked())
 
     async def next_deltas(self) -> list[TokenDelta]:
@@ -214,7 +221,9 @@ class Orchestrator:
     def num_in_flight(self) -> int:
         return len(self._sequences)
 
-    def _place(self, request: SequenceRequest, group: Group) -> None:
+    # -- placements
+
+    def _place_group(self, request: SequenceRequest, group: Group) -> None:
         view = RequestView(
             request_id=group.receipt_id,
             num_prompt_tokens=len(request.prompt_token_ids),
@@ -241,52 +250,110 @@ class Orchestrator:
         )
         self.receipts.put(group.receipt)
 
+    def _place_again(self, sequence: Sequence) -> bool:
+        """Places a displaced sequence, on replicas that have not failed it if there are any; whether it could."""
+        request, group = sequence.request, sequence.group
+        num_written = len(sequence.written) if request.resumable else 0
+        view = RequestView(
+            request_id=request.request_id,
+            num_prompt_tokens=len(request.prompt_token_ids) + num_written,
+            max_tokens=request.max_tokens - num_written,
+            needs_whole_prompt=request.needs_whole_prompt,
+        )
+        everyone = self.cluster.snapshot()
+        for snapshot in (everyone.without(sequence.state.lost), everyone):
+            seed = self._new_seed()
+            placement = place(self._policy, view, snapshot, seed)
+            if isinstance(placement, Placement):
+                self._note(group, Decision(request.request_id, seed, view, snapshot, placement))
+                del self._displaced[request.request_id]
+                _cancel_deadline(sequence)
+                sequence.history.attempts.append(Attempt())
+                self._advance(sequence, lifecycle.Placed(placement.prefill, placement.decode))
+                return True
+        return False
+
+    def _note(self, group: Group, decision: Decision) -> None:
+        assert group.receipt is not None
+        group.receipt = dataclasses.replace(group.receipt, later=(*group.receipt.later, decision))
+        self.receipts.put(group.receipt)
+
+    def _place_displaced(self) -> None:
+        for sequence in list(self._displaced.values()):
+            self._place_again(sequence)
+
+    def _give_up(self, sequence: Sequence) -> None:
+        reason = f"no replica could take it within {self._config.recovery_timeout_s:.0f} s after a fault"
+        self._advance(sequence, lifecycle.Unplaceable(reason))
+
     # -- events
 
     def _advance(self, sequence: Sequence, event: lifecycle.Event) -> None:
         was_open = sequence.state.stage is not Stage.DONE
-        sequence.state, actions = lifecycle.advance(sequence.state, event)
+        before = sequence.state
+        sequence.state, actions = lifecycle.advance(before, event)
+        if sequence.state.engine_request_id != before.engine_request_id:
+            self._by_engine_id[sequence.state.engine_request_id] = sequence
+            self.cluster.sent(sequence.state.decode, sequence.state.engine_request_id, self._num_tokens(sequence))
         for action in actions:
             self._perform(sequence, action)
-        if sequence.state.stage is not Stage.PREFILLING and sequence.deadline:
-            sequence.deadline.cancel()
-            sequence.deadline = None
+        if sequence.state.stage not in (Stage.PREFILLING, Stage.PLACING):
+            _cancel_deadline(sequence)
         if was_open and sequence.state.stage is Stage.DONE:
             self._finish(sequence)
 
     def _perform(self, sequence: Sequence, action: lifecycle.Action) -> None:
-        request = sequence.request
+        engine_id = sequence.state.engine_request_id
         match action:
             case lifecycle.SubmitPrefill(replica_id):
-                self.cluster.sent(replica_id, request.request_id, len(request.prompt_token_ids))
-                sequence.deadline = asyncio.get_running_loop().call_later(
-                    self._config.handoff_timeout_s, self._advance, sequence, lifecycle.Deadline()
-                )
+                self.cluster.sent(replica_id, engine_id, self._num_tokens(sequence))
+                self._set_deadline(sequence, self._config.handoff_timeout_s, self._advance, lifecycle.Deadline())
                 self._spawn(self._submit(sequence, replica_id, self._engine_request(sequence, Phase.PREFILL, None)))
             case lifecycle.SubmitDecode(replica_id, handoff):
                 if sequence.state.prefill is not None:
-                    self.cluster.ended(sequence.state.prefill, request.request_id)
-                sequence.handoff_blocks = handoff.num_blocks if handoff else 0
+                    self.cluster.ended(sequence.state.prefill, engine_id)
+                attempt = sequence.attempt
+                attempt.handoff_blocks = handoff.num_blocks if handoff else 0
+                attempt.num_told_tokens = len(sequence.written) if sequence.request.resumable else 0
                 self._spawn(self._submit(sequence, replica_id, self._engine_request(sequence, Phase.DECODE, handoff)))
             case lifecycle.AbortOn(replica_id):
-                self.cluster.ended(replica_id, request.request_id)
-                if replica_id in sequence.submitting_to:
-                    sequence.abort_after_submit.add(replica_id)
+                self.cluster.ended(replica_id, engine_id)
+                if (replica_id, engine_id) in self._submitting:
+                    self._abort_after_submit.add((replica_id, engine_id))
                 else:
-                    self._spawn(self._abort_on(replica_id, request.request_id))
+                    self._spawn(self._abort_on(replica_id, engine_id))
             case lifecycle.Release(handoff):
                 self._spawn(self._release(handoff))
+            case lifecycle.Place():
+                self._leave_placement(sequence)
+                self._displaced[sequence.request.request_id] = sequence
+                _cancel_deadline(sequence)
+                log.warning("request %s is placed again: %s", sequence.request.request_id, sequence.state.faults[-1])
+                # Not at once: more replicas may be lost with this one.
+                asyncio.get_running_loop().call_soon(self._place_if_displaced, sequence)
             case lifecycle.Fail(error):
-                log.error("request %s failed: %s", request.request_id, error)
-                sequence.finish_reason = FinishReason.ERROR
-                self._batches.put_nowait([TokenDelta(request.request_id, [], FinishReason.ERROR, error=error)])
+                log.error("request %s failed: %s", sequence.request.request_id, error)
+                sequence.history.finish_reason = FinishReason.ERROR
+                self._batches.put_nowait([TokenDelta(sequence.request.request_id, [], FinishReason.ERROR, error=error)])
+
+    def _place_if_displaced(self, sequence: Sequence) -> None:
+        if self._closed or sequence.request.request_id not in self._displaced or self._place_again(sequence):
+            return
+        self._set_deadline(sequence, self._config.recovery_timeout_s, self._give_up)
+
+    def _leave_placement(self, sequence: Sequence) -> None:
+        """Ends what the present attempt has reserved."""
+        engine_id = sequence.state.engine_request_id
+        self._by_engine_id.pop(engine_id, None)
+        for replica_id in (sequence.state.prefill, sequence.state.decode):
+            if replica_id is not None:
+                self.cluster.ended(replica_id, engine_id)
 
     def _finish(self, sequence: Sequence) -> None:
         request_id, group = sequence.request.request_id, sequence.group
         self._sequences.pop(request_id, None)
-        for replica_id in (sequence.state.prefill, sequence.state.decode):
-            if replica_id is not None:
-                self.cluster.ended(replica_id, request_id)
+        self._displaced.pop(request_id, None)
+        self._leave_placement(sequence)
         if sequence.state.leads:
             self._start_others(group)
         if all(s.state.stage is Stage.DONE for s in group.sequences):
@@ -294,7 +361,7 @@ class Orchestrator:
             receipt = dataclasses.replace(group.receipt, outcome=self._outcome(group))
             self.receipts.put(receipt)
             self._on_closed(receipt)
-        self._let_go_of_leavers()
+        self._membership.let_go_of_leavers()
 
     def _start_others(self, group: Group) -> None:
         if group.leader_started:
@@ -304,133 +371,145 @@ class Orchestrator:
             self._advance(sequence, lifecycle.LeaderStarted())
 
     def _on_report(self, report: WorkerReport) -> None:
-        self.cluster.fold(report)
         batch: list[TokenDelta] = []
         for delta in report.deltas:
-            if probe := self._probes.get(delta.request_id):
-                if delta.finish_reason is not None:
-                    _answer(probe[1], delta)
-                continue
-            sequence = self._sequences.get(delta.request_id)
+            sequence = self._by_engine_id.get(delta.request_id)
             if report.phase is Phase.PREFILL:
-                batch += self._on_prefill_delta(report.replica_id, sequence, delta)
+                told = self._on_prefill_delta(report.replica_id, sequence, delta)
             elif sequence is not None and sequence.state.stage is Stage.DECODING:
-                batch.append(self._on_decode_delta(sequence, delta))
+                told = self._on_decode_delta(sequence, delta)
+            else:
+                continue
+            if told is not None:
+                batch.append(told)
         if batch:
             self._batches.put_nowait(batch)
 
-    def _on_prefill_delta(self, replica_id: str, sequence: Sequence | None, delta: TokenDelta) -> list[TokenDelta]:
-        """What the client gets of it: the first token, if prefill writes it."""
+    def _on_prefill_delta(self, replica_id: str, sequence: Sequence | None, delta: TokenDelta) -> TokenDelta | None:
+        """What the client gets of it: the next token, if prefill writes it."""
         if delta.finish_reason is None:
-            return []
-        if sequence is None:
-            # The request ended while its prefill was finishing: give the blocks back now, not when the lease ends.
-            if delta.handoff is not None:
+            return None
+        if sequence is None or sequence.state.prefill != replica_id:
+            # The attempt ended while its prefill was finishing: give the blocks back now, not when the lease ends.
+            if delta.handoff is not None and not self._membership.is_probe(delta.request_id):
                 self._spawn(self._release(delta.handoff))
-            return []
+            return None
         self.cluster.ended(replica_id, delta.request_id)
-        sequence.prefill_facts, sequence.prefill_times = delta.prefill, delta.times
-        first: TokenDelta | None = None
-        if sequence.request.resumable and sequence.state.stage is Stage.PREFILLING and delta.error is None:
-            first = self._first_token(sequence, delta)
-        answered = first is not None and first.finish_reason is not None
-        self._advance(sequence, lifecycle.PrefillFinished(delta.handoff, delta.error, answered))
-        return [] if first is None else [first]
+        sequence.attempt.prefill_facts, sequence.attempt.prefill_times = delta.prefill, delta.times
+        told: TokenDelta | None = None
+        if sequence.prefill_writes and sequence.state.stage is Stage.PREFILLING and delta.error is None:
+            told = self._token_of_prefill(sequence, delta)
+        answered = told is not None and told.finish_reason is not None
+        self._advance(
+            sequence, lifecycle.PrefillFinished(delta.handoff, delta.error, told is not None, answered=answered)
+        )
+        return told
 
-    def _first_token(self, sequence: Sequence, delta: TokenDelta) -> TokenDelta | None:
-        """The first token as prefill has written it. LENGTH means prefill's one token, not yet the client's limit."""
+    def _token_of_prefill(self, sequence: Sequence, delta: TokenDelta) -> TokenDelta | None:
+        """The next token as prefill has written it. LENGTH means prefill's one token, not yet the client's limit."""
         if len(delta.token_ids) != 1:
             return None
         finish = delta.finish_reason
-        if finish is FinishReason.LENGTH and sequence.request.max_tokens > 1:
+        if finish is FinishReason.LENGTH and sequence.request.max_tokens > len(sequence.written) + 1:
             finish = None
-        sequence.written = list(delta.token_ids)
-        sequence.output_tokens = 1
-        sequence.finish_reason = finish
-        sequence.first_token_s = self._clock()
+        sequence.history.finish_reason = finish
+        sequence.attempt.prefill_has_written = True
         self.cluster.produced(sequence.state.decode, delta.request_id, 1)
-        return msgspec.structs.replace(
-            delta, finish_reason=finish, handoff=None, prefill=self._facts_for_client(sequence)
-        )
+        return self._told(sequence, delta, delta.token_ids, finish)
 
-    def _on_decode_delta(self, sequence: Sequence, delta: TokenDelta) -> TokenDelta:
-        sequence.output_tokens += len(delta.token_ids)
-        self.cluster.produced(sequence.state.decode, delta.request_id, len(delta.token_ids))
-        if delta.prefill is not None and sequence.decode_facts is None:
-            sequence.decode_facts, sequence.decode_times = delta.prefill, delta.times
-            sequence.blocks_moved = self._blocks_moved(sequence, delta.prefill)
-            # An engine computes the last prompt token in any case; more than that means that the pull failed.
-            if sequence.handoff_blocks and delta.prefill.num_computed_tokens > 1:
+    def _on_decode_delta(self, sequence: Sequence, delta: TokenDelta) -> TokenDelta | None:
+        """What the client gets of it."""
+        attempt, state = sequence.attempt, sequence.state
+        self.cluster.produced(state.decode, delta.request_id, len(delta.token_ids))
+        if delta.prefill is not None and attempt.decode_facts is None:
+            attempt.decode_facts, attempt.decode_times = delta.prefill, delta.times
+            replica = self.cluster.get(state.decode)
+            if replica and replica.info:
+                attempt.blocks_moved = blocks_moved(
+                    attempt.handoff_blocks, delta.prefill, replica.info.block_size_tokens
+                )
+            if attempt.handoff_blocks and delta.prefill.num_computed_tokens > 1:
                 self._advance(sequence, lifecycle.PullFailed())
-            self._let_go_of_leavers()
-            # The front end takes the facts of the first token's delta.
-            facts = None if sequence.written else self._facts_for_client(sequence)
-            delta = msgspec.structs.replace(delta, prefill=facts)
-        if sequence.first_token_s is None and delta.token_ids:
-            sequence.first_token_s = self._clock()
+        new = _new_tokens(sequence, delta)
+        if new is None:
+            self._advance(sequence, lifecycle.Mismatch())
+            return None
+        if delta.finish_reason is not None:
+            sequence.history.finish_reason = delta.finish_reason
+        is_news = bool(new) or delta.finish_reason is not None or not delta.token_ids
+        told = self._told(sequence, delta, new, delta.finish_reason) if is_news else None
+        self._advance(sequence, lifecycle.Delta(delta.finish_reason is not None, has_written=bool(delta.token_ids)))
+        if delta.prefill is not None:
+            self._membership.let_go_of_leavers()
+        return told
+
+    def _told(
+        self, sequence: Sequence, delta: TokenDelta, new: list[int], finish_reason: FinishReason | None
+    ) -> TokenDelta:
+        """The delta as the client gets it: only `new` of its tokens, and once the facts of the whole placement."""
+        history, num_known = sequence.history, len(delta.token_ids) - len(new)
+        sequence.written.extend(new)
+        history.output_tokens += len(new)
+        facts = None
+        if history.facts_told is None:
+            facts = history.facts_told = facts_for_client(sequence.attempt, sequence.group.sequences[0].attempt)
+        if history.first_token_s is None and new:
+            history.first_token_s, history.first = self._clock(), sequence.attempt
             if sequence.state.leads:
                 self._start_others(sequence.group)
-        if delta.finish_reason is not None:
-            sequence.finish_reason = delta.finish_reason
-        self._advance(sequence, lifecycle.Delta(last=delta.finish_reason is not None))
-        return delta
-
-    def _blocks_moved(self, sequence: Sequence, facts: PrefillFacts) -> int:
-        replica = self.cluster.get(sequence.state.decode)
-        if not sequence.handoff_blocks or facts.num_computed_tokens > 1 or replica is None or replica.info is None:
-            return 0
-        return sequence.handoff_blocks - facts.num_local_cached_tokens // replica.info.block_size_tokens
-
-    @staticmethod
-    def _facts_for_client(sequence: Sequence) -> PrefillFacts:
-        """What the placement really reused: tokens that no engine computed for this prompt."""
-        leader = sequence.group.sequences[0]
-        by_prefill = leader.prefill_facts and (leader.handoff_blocks or leader.written)
-        facts = (leader.prefill_facts if by_prefill else leader.decode_facts) or sequence.decode_facts
-        assert facts is not None
-        cached = facts.num_local_cached_tokens
-        return PrefillFacts(facts.num_prompt_tokens, facts.num_prompt_tokens - cached, cached, 0)
+        logprobs = delta.logprobs
+        if logprobs is not None and num_known:
+            logprobs = self._config.drop_logprobs(logprobs, num_known)
+        return msgspec.structs.replace(
+            delta,
+            request_id=sequence.request.request_id,
+            token_ids=new,
+            finish_reason=finish_reason,
+            logprobs=logprobs,
+            prefill=facts,
+            handoff=None,
+        )
 
     def _outcome(self, group: Group) -> Outcome:
-        leader, now_s = group.sequences[0], self._clock()
-        reasons = [s.finish_reason for s in group.sequences]
-        status = "finished"
-        if FinishReason.ERROR in reasons:
-            status = "failed"
-        elif None in reasons or FinishReason.ABORT in reasons:
-            status = "aborted"
+        leader = group.sequences[0]
         replica = self.cluster.get(leader.state.decode)
-        block_bytes = replica.info.kv_block_bytes if replica and replica.info else 0
-        blocks_moved = sum(s.blocks_moved for s in group.sequences)
-        prefill, decode = leader.prefill_facts, leader.decode_facts
-        first_s = leader.first_token_s
-        return Outcome(
-            status=status,
-            finish_reason=str(reasons[0]) if reasons[0] else None,
-            ttft_ms=_ms(first_s - group.received_s) if first_s is not None else None,
-            duration_ms=_ms(now_s - group.received_s),
-            prompt_tokens=len(leader.request.prompt_token_ids),
-            output_tokens=sum(s.output_tokens for s in group.sequences),
-            reused_tokens=self._facts_for_client(leader).num_local_cached_tokens if prefill or decode else 0,
-            prefill_computed_tokens=prefill.num_computed_tokens if prefill else 0,
-            decode_computed_tokens=sum(s.decode_facts.num_computed_tokens for s in group.sequences if s.decode_facts),
-            kv_blocks_moved=blocks_moved,
-            kv_bytes_moved=blocks_moved * block_bytes,
-            faults=tuple(fault for s in group.sequences for fault in s.state.faults),
-            times_ms=_times(leader, now_s),
+        for sequence in group.sequences:
+            sequence.history.faults = sequence.state.faults
+        return outcome(
+            [sequence.history for sequence in group.sequences],
+            GroupTimes(group.received_s, group.decide_s, self._clock()),
+            replica.info.kv_block_bytes if replica and replica.info else 0,
         )
+
+    def _on_replica_lost(self, replica_id: str, is_dead: bool) -> None:
+        for sequence in list(self._sequences.values()):
+            if replica_id in (sequence.state.prefill, sequence.state.decode):
+                self._advance(sequence, lifecycle.ReplicaLost(replica_id, is_dead))
+
+    def _is_needed(self, replica: Replica) -> bool:
+        """Whether a request runs on a replica, or a decode replica may still be fetching a hand-off from it."""
+        handoffs = (sequence.state.handoff for sequence in self._sequences.values())
+        return bool(replica.in_flight) or any(h and h.source_replica == replica.replica_id for h in handoffs)
 
     # -- calls to workers
 
     @staticmethod
+    def _num_tokens(sequence: Sequence) -> int:
+        """What the present attempt starts from."""
+        num_written = len(sequence.written) if sequence.request.resumable else 0
+        return len(sequence.request.prompt_token_ids) + num_written
+
+    @staticmethod
     def _engine_request(sequence: Sequence, phase: Phase, handoff: KVHandoff | None) -> EngineRequest:
-        request, written = sequence.request, sequence.written
+        request = sequence.request
+        written = sequence.written.tolist() if request.resumable else []
+        samples = phase is Phase.DECODE or sequence.prefill_writes
         return EngineRequest(
-            request_id=request.request_id,
+            request_id=sequence.state.engine_request_id,
             phase=phase,
             prompt_token_ids=request.prompt_token_ids + written,
             max_tokens=request.max_tokens - len(written) if phase is Phase.DECODE else 1,
-            sampling=request.sampling if phase is Phase.DECODE or request.resumable else b"",
+            sampling=request.sampling if samples else b"",
             handoff=handoff,
             cache_salt=request.cache_salt,
             priority=request.priority,
@@ -438,33 +517,44 @@ class Orchestrator:
         )
 
     async def _submit(self, sequence: Sequence, replica_id: str, request: EngineRequest) -> None:
-        if sequence.state.stage is Stage.DONE:
-            # Aborted before this task ran: nothing was sent, but a hand-off still has to be given back.
+        if not self._is_current(sequence, request):
+            # It ended before this task ran: nothing was sent, but a hand-off still has to be given back.
             if request.handoff is not None:
                 await self._release(request.handoff)
             return
-        sequence.submitting_to.add(replica_id)
-        error: Exception | None = None
+        key = replica_id, request.request_id
+        self._submitting.add(key)
+        error: ReplicaGoneError | InvalidEngineRequestError | None = None
         try:
             await self._transport.submit(replica_id, request)
         except (ReplicaGoneError, InvalidEngineRequestError) as caught:
             error = caught
-        sequence.submitting_to.discard(replica_id)
-        if error is not None:
-            self._advance(sequence, lifecycle.SubmitFailed(replica_id, str(error)))
-        if isinstance(error, InvalidEngineRequestError):
+        self._submitting.discard(key)
+        refused = isinstance(error, InvalidEngineRequestError)
+        if error is not None and self._is_current(sequence, request):
+            is_dead = isinstance(error, ReplicaGoneError) and error.is_dead
+            self._advance(sequence, lifecycle.SubmitFailed(replica_id, str(error), refused, is_dead))
+        abort = key in self._abort_after_submit
+        self._abort_after_submit.discard(key)
+        if refused:
             if request.handoff is not None:
                 # Only the replica that refused knows that it does not fetch the blocks. One that is gone may have
                 # begun to, and blocks must not be freed under a pull: then their lease ends.
                 await self._release(request.handoff, through=replica_id)
-        elif error is not None or replica_id in sequence.abort_after_submit:
+        elif error is not None or abort:
             await self._abort_on(replica_id, request.request_id)
 
-    async def _abort_on(self, replica_id: str, request_id: str) -> None:
+    @staticmethod
+    def _is_current(sequence: Sequence, request: EngineRequest) -> bool:
+        """Whether this is what the present attempt has asked for."""
+        state = sequence.state
+        return state.stage in (Stage.PREFILLING, Stage.DECODING) and state.engine_request_id == request.request_id
+
+    async def _abort_on(self, replica_id: str, engine_request_id: str) -> None:
         try:
-            await self._transport.abort(replica_id, [request_id])
+            await self._transport.abort(replica_id, [engine_request_id])
         except ReplicaGoneError as error:
-            log.warning("could not abort %s on %s: %s", request_id, replica_id, error)
+            log.warning("could not abort %s on %s: %s", engine_request_id, replica_id, error)
 
     async def _release(self, handoff: KVHandoff, through: str | None = None) -> None:
         """Gives a hand-off back through the first decode replica that can, or through one and no other."""
@@ -477,6 +567,12 @@ class Orchestrator:
             except (ReplicaGoneError, InvalidEngineRequestError) as error:
                 log.warning("could not release a hand-off through %s: %s", replica.replica_id, error)
         log.error("no decode replica could release %s; its blocks stay until the lease ends", handoff.source_request_id)
+
+    # -- tasks and timers
+
+    def _set_deadline(self, sequence: Sequence, delay_s: float, callback: Callable[..., None], *more: Any) -> None:
+        _cancel_deadline(sequence)
+        sequence.deadline = asyncio.get_running_loop().call_later(delay_s, callback, sequence, *more)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         if self._closed:
@@ -491,167 +587,23 @@ class Orchestrator:
         if not task.cancelled() and (error := task.exception()):
             log.error("a background task failed", exc_info=error)
 
-    # -- members of the pools
 
-    def _on_members(self, members: Members) -> None:
-        if self._closed:
-            return
-        before, self._members = self._members, dict(members)
-        for replica_id, phase in members.items():
-            replica = self.cluster.get(replica_id)
-            if replica is None:
-                log.info("%s replica %s joined", phase, replica_id)
-                replica = self.cluster.add(replica_id, phase)
-                self._followers[replica_id] = asyncio.create_task(self._follow(replica))
-            elif replica_id not in before and replica.attached:
-                log.info("%s came back before its last request had ended", replica_id)
-                self._spawn(self._make_ready(replica))
-        for replica_id in self._followers:
-            if replica_id not in members and (replica := self.cluster.get(replica_id)):
-                replica.ready = False
-        self._let_go_of_leavers()
-
-    def _let_go_of_leavers(self) -> None:
-        """Closes the stream of a replica that left its pool once its last request here has ended: then it can drain."""
-        for replica_id in [r for r in self._followers if r not in self._members]:
-            replica = self.cluster.get(replica_id)
-            if replica is None or not (replica.in_flight or self._has_blocks_to_fetch(replica_id)):
-                follower = self._followers.pop(replica_id)
-                follower.cancel()
-                self._tasks.add(follower)
-                follower.add_done_callback(self._on_task_done)
-                self.cluster.remove(replica_id)
-                log.info("let go of %s", replica_id)
-
-    def _has_blocks_to_fetch(self, replica_id: str) -> bool:
-        """Whether a decode replica may still be pulling a hand-off of this prefill replica."""
-        return any(
-            sequence.state.prefill == replica_id and sequence.handoff_blocks and sequence.decode_facts is None
-            for sequence in self._sequences.values()
-        )
-
-    async def _follow(self, replica: Replica) -> None:
-        """Keeps one replica's report stream attached for as long as it is a member."""
-        failures = 0
-        while True:
-            try:
-                async for report in self._transport.reports(replica.replica_id):
-                    self._on_report(report)
-                    if report.sequence == 0:
-                        failures = 0
-                        self._spawn(self._make_ready(replica))
-            except ReplicaGoneError as error:
-                log.warning("report stream of %s broke: %s", replica.replica_id, error)
-            except asyncio.CancelledError:
-                task = asyncio.current_task()
-                if task is None or task.cancelling():
-                    raise
-                log.warning("the transport cancelled the report stream of %s", replica.replica_id)
-            except Exception:
-                # Nobody else would notice: the requests on this replica would wait without end.
-                log.exception("the reports of %s cannot be read", replica.replica_id)
-            self._on_replica_lost(replica)
-            if replica.replica_id not in self._members:
-                self._let_go_of_leavers()
-                return
-            await asyncio.sleep(REATTACH_PAUSE_S[min(failures, len(REATTACH_PAUSE_S) - 1)])
-            failures += 1
-
-    def _on_replica_lost(self, replica: Replica) -> None:
-        replica.detach()
-        for key, (replica_id, probe) in self._probes.items():
-            if replica_id == replica.replica_id:
-                _answer(probe, TokenDelta(key, [], FinishReason.ERROR, error=f"{replica_id} was lost"))
-        for sequence in list(self._sequences.values()):
-            if replica.replica_id in (sequence.state.prefill, sequence.state.decode):
-                self._advance(sequence, lifecycle.ReplicaLost(replica.replica_id))
-        replica.in_flight.clear()
-        replica.in_flight_tokens = 0
-
-    async def _make_ready(self, replica: Replica) -> None:
-        """Warms every pair this replica is part of: the first hand-off of a pair pays a handshake."""
-        async with self._warming:
-            for pause_s in WARM_UP_PAUSE_S:
-                if not self._takes_requests(replica):
-                    break
-                try:
-                    await self._warm_up(replica)
-                except (ReplicaGoneError, InvalidEngineRequestError, TimeoutError) as error:
-                    log.warning("a warm-up of %s failed: %r", replica.replica_id, error)
-                    await asyncio.sleep(pause_s)
-                    continue
-                if self._takes_requests(replica):
-                    replica.ready = True
-                    log.info("%s is ready", replica.replica_id)
-                break
-            else:
-                log.error("%s stays out of its pool: %d warm-ups failed", replica.replica_id, len(WARM_UP_PAUSE_S))
-        async with self._readiness:
-            self._readiness.notify_all()
-
-    def _takes_requests(self, replica: Replica) -> bool:
-        return replica.attached and replica.replica_id in self._members
-
-    async def _warm_up(self, replica: Replica) -> None:
-        decode = replica.phase is Phase.DECODE
-        pool = self.cluster.pool(Phase.PREFILL if decode else Phase.DECODE)
-        others = [other for other in pool if self._takes_requests(other)]
-        if decode and not others:
-            await self._probe(replica, None)
-        for other in others:
-            prefill, decoder = (other, replica) if decode else (replica, other)
-            handoff = (await self._probe(prefill, None)).handoff
-            if handoff is None:
-                raise ReplicaGoneError(f"{prefill.replica_id} gave no hand-off")
-            await self._probe(decoder, handoff)
-
-    async def _probe(self, replica: Replica, handoff: KVHandoff | None) -> TokenDelta:
-        """Runs one small request on a replica. A prompt is unique to its hand-off, so nothing is cached beforehand."""
-        if replica.info is None:
-            raise ReplicaGoneError(f"{replica.replica_id} was lost")
-        key = handoff.source_request_id if handoff else f"warm-up-{secrets.token_hex(8)}"
-        length = min(replica.info.block_size_tokens + 1, replica.info.max_model_len - 2)
-        prompt = [int(digit, 16) + 1 for digit in (key.removeprefix("warm-up-") * length)[:length]]
-        request = EngineRequest(key, replica.phase, prompt, 1, self._config.warm_up_sampling, handoff)
-        future: asyncio.Future[TokenDelta] = asyncio.get_running_loop().create_future()
-        self._probes[key] = (replica.replica_id, future)
-        try:
-            async with asyncio.timeout(WARM_UP_TIMEOUT_S):
-                await self._transport.submit(replica.replica_id, request)
-                delta = await future
-        finally:
-            del self._probes[key]
-        if delta.finish_reason is FinishReason.ERROR:
-            raise ReplicaGoneError(f"{replica.replica_id} failed a warm-up: {delta.error}")
-        return delta
+def _cancel_deadline(sequence: Sequence) -> None:
+    if sequence.deadline:
+        sequence.deadline.cancel()
+        sequence.deadline = None
 
 
-def _times(leader: Sequence, now_s: float) -> Times:
-    """The leader's times. An engine that never answered leaves its stages open, and with them the transit."""
-    group, first_s = leader.group, leader.first_token_s
-    front_end_s = leader.arrived_s - group.received_s
-    prefill, decode = leader.prefill_times, leader.decode_times
-    on_the_way = [prefill] if leader.written else [prefill, decode]
-    engines_s = sum(times.waited_s + times.computed_s for times in on_the_way if times)
-    gateway_s = None if first_s is None else max(first_s - group.received_s - engines_s, 0.0)
-    transit_s = None if gateway_s is None else max(gateway_s - front_end_s - group.decide_s, 0.0)
-    return Times(
-        front_end=_ms(front_end_s),
-        decide=_ms(group.decide_s),
-        prefill_wait=_ms(prefill.waited_s) if prefill else None,
-        prefill_compute=_ms(prefill.computed_s) if prefill else None,
-        decode_wait=_ms(decode.waited_s) if decode else None,
-        decode_compute=_ms(decode.computed_s) if decode else None,
-        transit=_ms(transit_s) if transit_s is not None else None,
-        decode=_ms(now_s - first_s) if first_s is not None else None,
-        gateway=_ms(gateway_s) if gateway_s is not None else None,
-    )
-
-
-def _ms(seconds: float) -> float:
-    return round(seconds * 1000, 3)
-
-
-def _answer(probe: asyncio.Future[TokenDelta], delta: TokenDelta) -> None:
-    if not probe.done():
-        probe.set_result(delta)
+def _new_tokens(sequence: Sequence, delta: TokenDelta) -> list[int] | None:
+    """Those the client does not have yet; None if the others are not what it has."""
+    attempt = sequence.attempt
+    begin, num_told = attempt.num_told_tokens, len(delta.token_ids)
+    attempt.num_told_tokens += num_told
+    num_known = len(sequence.written) - begin
+    if not num_known:
+        return delta.token_ids
+    known = sequence.written[begin : begin + num_told].tolist()
+    ends_early = delta.finish_reason is not None and num_told < num_known
+    if ends_early or known != delta.token_ids[: len(known)]:
+        return None
+    return delta.token_ids[len(known) :]

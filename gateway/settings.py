@@ -134,6 +134,20 @@ class GatewaySettings(Section):
     enable_docs: bool = False
 
 
+class RecoverySettings(Section):
+    """When a gateway takes a replica for lost, and for how long it looks for another."""
+
+    worker_timeout_s: PositiveFloat = Field(
+        default=5.0, description="a worker that reports nothing for so long is lost; it reports every second"
+    )
+    engine_timeout_s: PositiveFloat = Field(
+        default=20.0, description="so is one whose engine holds requests and tells nothing for so long"
+    )
+    placement_timeout_s: PositiveFloat = Field(
+        default=120.0, description="longest a request that lost its replica waits for another; then it fails"
+    )
+
+
 class RuntimeSettings(Section):
     """The local Ray runtime that `baton serve` starts; unused on an existing cluster."""
 
@@ -158,6 +172,7 @@ class Settings(BaseSettings):
     simulation: SimulationSettings | None = Field(default=None, description="set: the engines of all pools simulate")
     handoff: HandoffSettings = HandoffSettings()
     gateway: GatewaySettings = GatewaySettings()
+    recovery: RecoverySettings = RecoverySettings()
     runtime: RuntimeSettings = RuntimeSettings()
 
     @classmethod
@@ -304,6 +319,7 @@ __all__ = [
     "HandoffSettings",
     "ModelSettings",
     "PoolSettings",
+    "RecoverySettings",
     "RuntimeSettings",
     "Settings",
     "SimulationSettings",

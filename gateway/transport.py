@@ -11,7 +11,12 @@ Members = Mapping[str, Phase]
 
 
 class ReplicaGoneError(RuntimeError):
-    """The replica is not in its pool any more, or its process does not answer."""
+    """The replica is not in its pool any more, or its process does not answer. `is_dead`: its engine has certainly
+    ended; otherwise it may go on unheard."""
+
+    def __init__(self, message: str, *, is_dead: bool = False):
+        super().__init__(message)
+        self.is_dead = is_dead
 
 
 class WorkerTransport(Protocol):
@@ -94,4 +99,4 @@ def _gone_with_its_engine() -> Iterator[None]:
     try:
         yield
     except EngineGoneError as error:
-        raise ReplicaGoneError(str(error)) from error
+        raise ReplicaGoneError(str(error), is_dead=True) from error

@@ -87,7 +87,9 @@ class _Link:
         except TimeoutError as error:
             raise ReplicaGoneError(f"{self._replica_id} did not answer for {CALL_TIMEOUT_S:.0f} s") from error
         except LinkBroken as error:
-            raise ReplicaGoneError(f"the link to {self._replica_id} broke: {error}") from error
+            raise ReplicaGoneError(
+                f"the link to {self._replica_id} broke: {error}", is_dead=error.peer_ended
+            ) from error
         finally:
             del self._waiting[number]
         if refusal is not None:
@@ -105,7 +107,7 @@ class _Link:
                         if (waiting := self._waiting.get(number)) and not waiting.done():
                             waiting.set_result(refusal)
                     case Farewell(reason):
-                        raise LinkBroken(reason)
+                        raise LinkBroken(reason, peer_ended=True)
         except LinkBroken as error:
             broken = error
             raise
@@ -152,7 +154,7 @@ class RayTransport:
         except TimeoutError as error:
             raise ReplicaGoneError(f"{replica_id} gave no link within {CALL_TIMEOUT_S:.0f} s") from error
         except LinkBroken as error:
-            raise ReplicaGoneError(f"the link to {replica_id} broke: {error}") from error
+            raise ReplicaGoneError(f"the link to {replica_id} broke: {error}", is_dead=error.peer_ended) from error
         except (RayError, RayServeException) as error:
             raise ReplicaGoneError(f"{replica_id} failed: {_brief(error)}") from error
 

@@ -1,6 +1,7 @@
 """Owns the seam to vLLM's front end: to its AsyncLLM, the whole cluster looks like one engine core (docs/adr/0001)."""
 
 import contextvars
+import secrets
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -12,6 +13,7 @@ from unittest import mock
 from vllm.config import VllmConfig
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.exceptions import GracefulHTTPError, VLLMValidationError
+from vllm.sampling_params import SamplingType
 from vllm.tasks import SupportedTask
 from vllm.v1.engine import (
     EngineCoreEvent,
@@ -34,6 +36,10 @@ from gateway.orchestrator import Group, Orchestrator, PlacementRejected, Sequenc
 
 FINISH_REASONS = {reason: VllmFinishReason[reason.name] for reason in FinishReason}
 
+SEED_BITS = 31
+FAILED = "the answer could not be completed: {}"
+FAILED_KIND = "RecoveryFailedError"
+
 _group: contextvars.ContextVar[Group | None] = contextvars.ContextVar("baton_group", default=None)
 _client_left: contextvars.ContextVar[bool] = contextvars.ContextVar("baton_client_left", default=False)
 
@@ -49,7 +55,8 @@ class ClusterCoreClient(EngineCoreClient):
 
     def __init__(self, orchestrator: Orchestrator):
         self._orchestrator = orchestrator
-        self._queued: dict[str, tuple[float, context.RequestContext | None]] = {}
+        self._queued_s: dict[str, float] = {}
+        self._http: dict[str, context.RequestContext] = {}
         self.resources = _Resources()
         self.engine_ranks_managed = [0]
         self.forget: Callable[[str], object] = lambda request_id: None
@@ -83,6 +90,11 @@ class ClusterCoreClient(EngineCoreClient):
         # Invariant I5: whatever a client managed to put here stops here.
         params.extra_args = None
         assert params.max_tokens is not None
+        # What comes with the prompt's logprobs is not told twice.
+        resumable = is_resumable(params) and params.prompt_logprobs is None
+        if not resumable and params.sampling_type is SamplingType.RANDOM:
+            # An answer that must be begun again after a loss comes out the same only from a seed.
+            params.seed = secrets.randbits(SEED_BITS)
         payload = SamplingPayload(params, request.reasoning_ended, request.reasoning_parser_kwargs)
         try:
             sampling = encode_sampling(payload)
@@ -94,7 +106,7 @@ class ClusterCoreClient(EngineCoreClient):
             max_tokens=params.max_tokens,
             sampling=sampling,
             needs_whole_prompt=params.prompt_logprobs is not None,
-            resumable=group.num_choices == 1 and is_resumable(params),
+            resumable=resumable,
         )
         http = context.current.get()
         try:
@@ -104,11 +116,14 @@ class ClusterCoreClient(EngineCoreClient):
             if http:
                 http.rejection = error.rejection
             raise GracefulHTTPError(error.rejection.reason, HTTPStatus(error.rejection.status)) from error
-        self._queued[request.request_id] = (time.monotonic(), http)
+        self._queued_s[request.request_id] = time.monotonic()
+        if http:
+            self._http[request.request_id] = http
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
         for request_id in request_ids:
-            self._queued.pop(request_id, None)
+            self._queued_s.pop(request_id, None)
+            self._http.pop(request_id, None)
         # vLLM's output loop calls this for texts that a stop string has completed, `abort` for clients that left.
         self._orchestrator.abort(request_ids, FinishReason.ABORT if _client_left.get() else FinishReason.STOP)
 
@@ -140,12 +155,14 @@ class ClusterCoreClient(EngineCoreClient):
             stats = PrefillStats()
             stats.set(delta.prefill.num_prompt_tokens, delta.prefill.num_local_cached_tokens, 0)
             output.prefill_stats = stats
-        queued = self._queued.pop(delta.request_id, None)
-        if queued is not None:
-            queued_s, http = queued
-            if http and delta.finish_reason is FinishReason.ERROR:
-                http.failure = context.Failure(500, "Internal server error", kind="InternalServerError")
-            elif http:
+        http = self._http.get(delta.request_id)
+        if http and delta.finish_reason is FinishReason.ERROR:
+            http.failure = context.Failure(500, FAILED.format(delta.error or "no reason given"), kind=FAILED_KIND)
+        if delta.finish_reason is not None:
+            self._http.pop(delta.request_id, None)
+        queued_s = self._queued_s.pop(delta.request_id, None)
+        if queued_s is not None:
+            if http and delta.finish_reason is not FinishReason.ERROR:
                 http.answering = True
             # vLLM's metrics take a request's queue and prefill times from these.
             output.events = [

@@ -220,6 +220,8 @@ class ResponseStart:
         async def held_send(message: Message) -> None:
             nonlocal started, streaming
             if started:
+                if streaming and request.failure is not None:
+                    message = _with_reason(scope["path"], message, request.failure)
                 await send(message)
                 return
             held.append(message)
@@ -287,6 +289,18 @@ def _released(path: str, held: list[Message], request: context.RequestContext) -
 
 def _is_stream(start: Message) -> bool:
     return Headers(raw=start["headers"]).get("content-type", "").startswith("text/event-stream")
+
+
+def _with_reason(path: str, message: Message, failure: context.Failure) -> Message:
+    """A stream's message; where it is vLLM's general error event, with what failed in its place."""
+    body: bytes = message.get("body", b"")
+    for prefix in (b'data: {"error"', b"event: error\n"):
+        if body.startswith(prefix):
+            event = prefix.partition(b"data: ")[0]
+            error = error_body(path, failure.status, failure.message, failure.param, failure.kind)
+            end = body.partition(b"\n\n")[2]
+            return {**message, "body": event + b"data: " + error + b"\n\n" + end}
+    return message
 
 
 def _is_anthropic(path: str) -> bool:

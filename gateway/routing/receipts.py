@@ -36,6 +36,7 @@ class Outcome:
     """What came of a placement. Times are from the request's arrival at the gateway.
 
     `reused_tokens` were in a prefix cache and computed by nobody; `kv_blocks_moved` travelled from prefill to decode.
+    `faults` says in words what went wrong and what was done, `fault_kinds` in the same order what metrics count.
     """
 
     status: str
@@ -50,12 +51,25 @@ class Outcome:
     kv_blocks_moved: int = 0
     kv_bytes_moved: int = 0
     faults: tuple[str, ...] = ()
+    fault_kinds: tuple[str, ...] = ()
     times_ms: Times = Times()
 
 
 @dataclass(frozen=True, slots=True)
+class Decision:
+    """A placement after a fault, replayable like the first; `sequence_id` is the choice that was placed anew."""
+
+    sequence_id: str
+    seed: int
+    request: RequestView
+    snapshot: ClusterSnapshot
+    placement: Placement
+
+
+@dataclass(frozen=True, slots=True)
 class Receipt:
-    """One placement, replayable: `place(policy, request, snapshot, seed)` gives `placement` again."""
+    """One placement, replayable: `place(policy, request, snapshot, seed)` gives `placement` again. `later` are those
+    that faults have made necessary."""
 
     request_id: str
     created_s: float
@@ -65,6 +79,7 @@ class Receipt:
     snapshot: ClusterSnapshot
     placement: Placement
     outcome: Outcome
+    later: tuple[Decision, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         data = dataclasses.asdict(self)

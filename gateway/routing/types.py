@@ -25,6 +25,12 @@ class ClusterSnapshot:
     prefill: tuple[ReplicaView, ...]
     decode: tuple[ReplicaView, ...]
 
+    def without(self, replica_ids: frozenset[str]) -> "ClusterSnapshot":
+        return ClusterSnapshot(
+            prefill=tuple(view for view in self.prefill if view.replica_id not in replica_ids),
+            decode=tuple(view for view in self.decode if view.replica_id not in replica_ids),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class RequestView:

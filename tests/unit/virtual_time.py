@@ -30,6 +30,10 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
     def time(self) -> float:
         return self._virtual.now_s
 
+    def skip(self, seconds: float) -> None:
+        """As if this process had not run for so long."""
+        self._virtual.now_s += seconds
+
 
 def simulate(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
     """Runs a test's coroutine on virtual time. It fails when a task is left over, or when a task or callback failed

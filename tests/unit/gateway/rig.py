@@ -24,12 +24,13 @@ from engine.worker import Worker
 from gateway.orchestrator import Group, Orchestrator, OrchestratorConfig, SequenceRequest
 from gateway.routing.policies import least_tokens
 from gateway.routing.receipts import Receipt, ReceiptStore
-from gateway.transport import InProcessTransport
+from gateway.transport import InProcessTransport, ReplicaGoneError
 from prefill.worker import PrefillWorker
 from tests.unit.simulated_config import BLOCK, CONFIG
 from tests.unit.virtual_time import now_s
 
 PATIENCE_S = 10.0
+CALL_TIMEOUT_S = 10.0
 HANDOFF_TIMEOUT_S = 3.0
 CREATED_S = 1_700_000_000.0
 PROMPT = [random.Random(1).randrange(32_000) for _ in range(5 * BLOCK + 3)]
@@ -49,6 +50,7 @@ class Answer:
     error: str | None = None
     facts: PrefillFacts | None = None
     first_s: float | None = None
+    logprobs: list[bytes] = field(default_factory=list)
 
 
 class Tapped(InProcessTransport):
@@ -60,12 +62,19 @@ class Tapped(InProcessTransport):
         self.released: list[KVHandoff] = []
         self.before_submit: dict[str, asyncio.Event] = {}
         self.after_submit: dict[str, asyncio.Event] = {}
+        self._hung: dict[str, asyncio.Event] = {}
         self.on_report: Callable[[WorkerReport], None] = lambda report: None
         self.let_go_of: list[str] = []
+
+    def hang(self, replica_id: str, end: asyncio.Event) -> None:
+        """Nothing is heard of a replica, and calls to it time out, until `end`."""
+        self._hung[replica_id] = end
 
     async def reports(self, replica_id: str) -> AsyncIterator[WorkerReport]:
         try:
             async for report in super().reports(replica_id):
+                if gate := self._hung.get(replica_id):
+                    await gate.wait()
                 self.on_report(report)
                 yield report
         finally:
@@ -73,6 +82,12 @@ class Tapped(InProcessTransport):
 
     async def submit(self, replica_id: str, request: EngineRequest) -> None:
         self.submitted.append((replica_id, now_s(), request))
+        if gate := self._hung.get(replica_id):
+            try:
+                async with asyncio.timeout(CALL_TIMEOUT_S):
+                    await gate.wait()
+            except TimeoutError:
+                raise ReplicaGoneError(f"{replica_id} does not answer") from None
         if gate := self.before_submit.get(replica_id):
             await gate.wait()
         await super().submit(replica_id, request)
@@ -92,7 +107,7 @@ class Gateway:
 
     def __init__(self, transport: InProcessTransport, prefix: str = "r", **config: Any):
         self.closed: list[Receipt] = []
-        limits = OrchestratorConfig(HANDOFF_TIMEOUT_S, max_in_flight_requests=100, warm_up_sampling=b"warm-up")
+        limits = OrchestratorConfig(HANDOFF_TIMEOUT_S, max_in_flight_requests=100, warm_up_sampling=b"warm-up", report_timeout_s=1e6)
         self.orchestrator = Orchestrator(
             transport,
             least_tokens,
@@ -116,6 +131,7 @@ class Gateway:
                 answer.token_ids += delta.token_ids
                 answer.finish_reason, answer.error = delta.finish_reason, delta.error
                 answer.facts = answer.facts or delta.prefill
+                answer.logprobs += [delta.logprobs] if delta.logprobs else []
                 if delta.token_ids and answer.first_s is None:
                     answer.first_s = now_s()
 
@@ -126,9 +142,9 @@ class Gateway:
         self.orchestrator.add(SequenceRequest(request_id, prompt, max_tokens, b"sampling", **more), group)
         return request_id
 
-    async def finished(self, request_id: str) -> Answer:
+    async def finished(self, request_id: str, patience_s: float = PATIENCE_S) -> Answer:
         answer = self.answers[request_id]
-        await until(lambda: answer.finish_reason is not None, f"{request_id} to finish")
+        await until(lambda: answer.finish_reason is not None, f"{request_id} to finish", patience_s)
         return answer
 
     async def ask(self, prompt: list[int], max_tokens: int = 6, **more: Any) -> tuple[Answer, Receipt]:
