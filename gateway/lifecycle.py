@@ -1,32 +1,6 @@
 """Owns the life of one sequence as a pure state machine: (state, event) -> (state, actions). No I/O, no clock.
 
-| stage      | event                                | next       | actions                                              |
-|------------|--------------------------------------|------------|------------------------------------------------------|
-| NEW        | Start, follower of a group           | WAITING    | -                                                    |
-| NEW        | Start, placed with prefill           | PREFILLING | SubmitPrefill                                        |
-| NEW        | Start, placed without prefill        | DECODING   | SubmitDecode(no hand-off)                            |
-| WAITING    | LeaderStarted                        | DECODING   | SubmitDecode(no hand-off)                            |
-| PREFILLING | PrefillFinished                      | DECODING   | SubmitDecode(its hand-off; none is a fault)          |
-| PREFILLING | PrefillFinished, answer complete     | DONE       | Release(its hand-off, if any)                        |
-| PREFILLING | prefill refuses                      | DECODING   | SubmitDecode(no hand-off), fault                     |
-| PREFILLING | prefill is lost                      | PLACING    | Place, fault                                         |
-| PREFILLING | Deadline                             | PLACING    | Abort(prefill), Place, fault                         |
-| WAITING    | decode is lost                       | PLACING    | Place, fault                                         |
-| PREFILLING | decode is lost                       | PLACING    | Abort(prefill), Place, fault                         |
-| DECODING   | decode is lost                       | PLACING    | Release(an unfetched hand-off) if it is dead, Place, |
-|            |                                      |            | fault                                                |
-| PLACING    | Placed with prefill                  | PREFILLING | SubmitPrefill                                        |
-| PLACING    | Placed without prefill               | DECODING   | SubmitDecode(no hand-off)                            |
-| PLACING    | Unplaceable                          | DONE       | Fail, fault                                          |
-| any open   | decode refuses                       | DONE       | Abort(prefill) if prefilling, Fail, fault            |
-| DECODING   | prefill is lost, but not dead, with  | PLACING    | Abort(decode), Place, fault                          |
-|            | a hand-off that is not fetched yet   |            |                                                      |
-| DECODING   | Delta(last)                          | DONE       | -                                                    |
-| DECODING   | Mismatch                             | DONE       | Abort(decode), Fail, fault                           |
-| DECODING   | PrefillFinished with a hand-off      | DECODING   | Release(its hand-off): it came too late              |
-| DECODING   | PullFailed                           | DECODING   | -, fault                                             |
-| open       | AbortAsked                           | DONE       | Abort(where it is placed and was sent)               |
-| any        | anything else                        | the same   | -                                                    |
+The table of all transitions is in docs/life-cycle.md.
 
 Open are WAITING, PREFILLING, PLACING and DECODING; NEW is left within the call that makes it. *Lost* is ReplicaLost, or
 a SubmitFailed that is no refusal. A sequence that was placed MAX_PLACEMENTS times fails instead of PLACING.

@@ -1,4 +1,4 @@
-"""Owns who is in the pools: it follows each replica's reports, warms hand-off pairs, and puts out who is lost or silent."""
+"""Owns who is in the pools: it follows their reports, warms hand-off pairs, and puts out who is lost or silent."""
 
 import asyncio
 import logging
@@ -42,7 +42,7 @@ class Membership:
     """Keeps `cluster` up to date with the transport's members. Everything runs on one event loop.
 
     A replica is ready once its reports arrive and every pair that it is part of has handed a small request over. One
-    that is lost, or silent, is not ready until it has proven the same again; that is tried for as long as it is a member.
+    that is lost, or silent, is not ready until it has proven the same again; that is tried while it is a member.
     """
 
     def __init__(

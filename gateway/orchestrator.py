@@ -28,7 +28,7 @@ from gateway.membership import Membership, MembershipConfig
 from gateway.outcome import Attempt, GroupTimes, History, blocks_moved, facts_for_client, outcome
 from gateway.routing.policies import Policy, place
 from gateway.routing.receipts import Decision, Outcome, Receipt, ReceiptStore
-from gateway.routing.types import ClusterSnapshot, Placement, Rejection, RequestView
+from gateway.routing.types import Placement, Rejection, RequestView
 from gateway.transport import ReplicaGoneError, WorkerTransport
 
 log = logging.getLogger("baton.orchestrator")
@@ -157,7 +157,7 @@ class Orchestrator:
     # -- life of the orchestrator
 
     async def start(self, expected: Mapping[Phase, int], timeout_s: float) -> None:
-        """Waits until every pool has its expected replicas, and all there are, attached and warm. Raises TimeoutError."""
+        """Waits until every pool has its expected replicas ready, and all present ones are. Raises TimeoutError."""
         await self._membership.start(expected, timeout_s)
 
     async def close(self) -> None:

@@ -208,6 +208,18 @@ class TestWire:
         assert np.array_equal(back.new.logprobs, new.logprobs)
         assert torch.equal(back.prompt.logprobs, prompt.logprobs)
 
+    def test_logprobs_lose_their_first_tokens_and_the_prompts(self):
+        from engine.vllm_codec import LogprobsPayload, decode_logprobs, drop_logprobs, encode_logprobs
+
+        new = LogprobsLists(np.arange(6).reshape(3, 2), np.linspace(-1, 0, 6).reshape(3, 2), np.array([1, 2, 3]))
+        prompt = LogprobsTensors(torch.arange(4).reshape(2, 2), torch.rand(2, 2), torch.tensor([0, 1]))
+        left = decode_logprobs(drop_logprobs(encode_logprobs(LogprobsPayload(new, prompt)), 2))
+        assert left.prompt is None
+        assert left.new.logprob_token_ids.tolist() == [[4, 5]]
+        assert np.array_equal(left.new.logprobs, new.logprobs[2:])
+        assert left.new.sampled_token_ranks.tolist() == [3]
+        assert decode_logprobs(drop_logprobs(encode_logprobs(LogprobsPayload(None, prompt)), 1)) == (None, None)
+
     def test_large_logprobs_leave_in_frames_of_their_own_and_come_back(self):
         from engine.vllm_codec import LogprobsPayload, decode_logprobs, encode_logprobs
 

@@ -100,7 +100,7 @@ def test_a_prefill_that_fails_has_written_nothing() -> None:
             rig.engines["prefill-0"].die()
             answer = await rig.finished(request_id)
             assert answer.token_ids == answer_to(PROMPT, 6)
-            (decode,) = rig.transport.sent_to("decode-0", request_id)
+            (decode,) = rig.transport.sent_to("decode-0", f"{request_id}~2")
             assert (decode.prompt_token_ids, decode.num_written_tokens, decode.handoff) == (PROMPT, 0, None)
             rig.is_over = True
 

@@ -269,7 +269,7 @@ def lives(draw: st.DrawFn) -> list[tuple[SequenceState, tuple[Action, ...], Sequ
         if isinstance(event, str):
             if not pending:
                 continue
-            event = PrefillFinished(KVHandoff("p", f"r{pending.pop()}", 10, 1, b""))  # noqa: PLW2901
+            event = PrefillFinished(KVHandoff("p", f"r{pending.pop()}", 10, 1, b""))
         if isinstance(event, Placed) and state.stage is not Stage.PLACING:
             continue
         before = state

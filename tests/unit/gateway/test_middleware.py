@@ -458,6 +458,25 @@ def test_a_failure_after_the_first_token_stays_in_the_stream() -> None:
     simulate(main)
 
 
+@pytest.mark.parametrize(
+    ("path", "general", "told"),
+    [
+        (CHAT, b'data: {"error": {"message": "Internal server error"}}\n\n', b"data: "),
+        (MESSAGES, b'event: error\ndata: {"type": "error"}\n\n', b"event: error\ndata: "),
+    ],
+)
+def test_a_failure_after_the_first_token_is_told_with_its_reason(path: str, general: bytes, told: bytes) -> None:
+    async def main() -> None:
+        end = chunk(general + b"data: [DONE]\n\n", more=False)
+        exchange = await respond(start_of(), answering, chunk(b"1"), failed, chunk(b"2"), end, path=path)
+        body = exchange.body.removeprefix(b"12" + told)
+        error, end_of_stream = body.split(b"\n\n", 1)
+        assert json.loads(error)["error"]["message"] == "decode-0 was lost"
+        assert end_of_stream == b"data: [DONE]\n\n"
+
+    simulate(main)
+
+
 def test_an_error_of_the_application_takes_anthropics_shape_under_its_path() -> None:
     async def main() -> None:
         openai = b'{"error": {"message": "too long", "type": "BadRequestError", "code": 400}}'

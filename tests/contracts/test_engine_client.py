@@ -1,0 +1,74 @@
+"""What the seam to vLLM's front end makes of requests: sampling that can be repeated, and nothing of the client's."""
+
+import asyncio
+from typing import Any, cast
+
+import pytest
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams
+from vllm.v1.engine import EngineCoreRequest
+
+from engine.vllm_codec import decode_sampling
+from gateway.api.engine_client import ClusterCoreClient
+from gateway.orchestrator import Group, Orchestrator, SequenceRequest
+
+
+class Recorder:
+    """Stands for the orchestrator: keeps what it is asked for."""
+
+    def __init__(self) -> None:
+        self.added: list[SequenceRequest] = []
+
+    def new_group(self, receipt_id: str, num_choices: int, received_s: float | None = None) -> Group:
+        return Group(receipt_id, num_choices, 0.0)
+
+    def add(self, request: SequenceRequest, group: Group) -> None:
+        self.added.append(request)
+
+
+def core_request(params: SamplingParams) -> EngineCoreRequest:
+    return EngineCoreRequest(
+        request_id="r", prompt_token_ids=[1, 2, 3], mm_features=None, sampling_params=params, pooling_params=None,
+        arrival_time=0.0, lora_request=None, cache_salt=None, data_parallel_rank=None,
+    )  # fmt: skip
+
+
+def taken(**arguments: Any) -> tuple[SequenceRequest, SamplingParams]:
+    """What the orchestrator is asked for, and the sampling that engines will read."""
+    recorder = Recorder()
+    client = ClusterCoreClient(cast(Orchestrator, recorder))
+    with client.group(1):
+        asyncio.run(client.add_request_async(core_request(SamplingParams(max_tokens=5, **arguments))))
+    (request,) = recorder.added
+    return request, decode_sampling(request.sampling).params
+
+
+@pytest.mark.parametrize("arguments", [{"temperature": 0.0}, {"temperature": 0.7}])
+def test_what_can_go_on_elsewhere_is_left_as_it_is(arguments: dict[str, Any]) -> None:
+    request, params = taken(**arguments)
+    assert (request.resumable, params.seed) == (True, None)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"presence_penalty": 0.5},
+        {"structured_outputs": StructuredOutputsParams(regex="[a-z]+")},
+        {"prompt_logprobs": 1},
+    ],
+)
+def test_what_must_be_begun_again_gets_a_seed(arguments: dict[str, Any]) -> None:
+    request, params = taken(temperature=0.7, **arguments)
+    assert not request.resumable
+    assert params.seed is not None
+    assert taken(temperature=0.7, **arguments)[1].seed != params.seed
+
+
+@pytest.mark.parametrize("arguments", [{"temperature": 0.7, "seed": 5}, {"temperature": 0.0, "presence_penalty": 0.5}])
+def test_a_clients_seed_and_greedy_sampling_are_kept(arguments: dict[str, Any]) -> None:
+    request, params = taken(**arguments)
+    assert (request.resumable, params.seed) == (False, arguments.get("seed"))
+
+
+def test_nothing_of_the_client_reaches_the_kv_transfer_layer() -> None:
+    _, params = taken(extra_args={"kv_transfer_params": {"do_remote_prefill": True}})
+    assert params.extra_args is None
