@@ -18,7 +18,6 @@ a loss each of them is placed for itself.
 
 import enum
 from dataclasses import dataclass, replace
-from typing import TypeGuard
 
 from engine.protocol import KVHandoff
 
@@ -270,8 +269,8 @@ def _while_waiting(state: SequenceState, event: Event) -> Transition:
             return _decode(state, None)
         case AbortAsked():
             return replace(state, stage=Stage.DONE), ()
-        case _ if _is_loss_of(state.decode, event):
-            return _place_again(state, FaultKind.DECODE_LOST_BEFORE_TOKEN, event, state.decode)
+        case _ if loss := _loss_of(state.decode, event):
+            return _place_again(state, FaultKind.DECODE_LOST_BEFORE_TOKEN, loss)
         case _:
             return state, ()
 
@@ -292,16 +291,16 @@ def _while_prefilling(state: SequenceState, event: Event) -> Transition:
         case Deadline():
             what = f"prefill on {state.prefill} took too long"
             return _again(state, FaultKind.PREFILL_SLOW, what, state.prefill, (AbortOn(state.prefill),))
-        case SubmitFailed(state.prefill, refused=True):
-            state = _with_fault(state, FaultKind.PREFILL_FAILED, _loss(event), "decode reads the prompt itself")
+        case SubmitFailed(state.prefill, refused=True) as refusal:
+            state = _with_fault(state, FaultKind.PREFILL_FAILED, _words(refusal), "decode reads the prompt itself")
             return _decode(state, None)
-        case SubmitFailed(state.decode, refused=True):
-            state, actions = _failed(state, FaultKind.DECODE_REFUSED, _loss(event))
+        case SubmitFailed(state.decode, refused=True) as refusal:
+            state, actions = _failed(state, FaultKind.DECODE_REFUSED, _words(refusal))
             return state, (AbortOn(state.prefill or ""), *actions)
-        case _ if _is_loss_of(state.decode, event):
-            return _place_again(state, _decode_lost(state), event, state.decode, (AbortOn(state.prefill),))
-        case _ if _is_loss_of(state.prefill, event):
-            return _place_again(state, FaultKind.PREFILL_LOST, event, state.prefill)
+        case _ if loss := _loss_of(state.decode, event):
+            return _place_again(state, _decode_lost(state), loss, (AbortOn(state.prefill),))
+        case _ if loss := _loss_of(state.prefill, event):
+            return _place_again(state, FaultKind.PREFILL_LOST, loss)
         case _:
             return state, ()
 
@@ -337,15 +336,15 @@ def _while_decoding(state: SequenceState, event: Event) -> Transition:
         case PullFailed():
             what = f"{state.decode} could not fetch the hand-off of {state.prefill}"
             return _with_fault(state, FaultKind.PULL_FAILED, what, "it has read the prompt itself"), ()
-        case SubmitFailed(state.decode, refused=True):
-            return _failed(replace(state, handoff=None), FaultKind.DECODE_REFUSED, _loss(event))
-        case _ if _is_loss_of(state.decode, event):
-            given_back = (Release(state.handoff),) if state.handoff is not None and event.is_dead else ()
-            return _place_again(replace(state, handoff=None), _decode_lost(state), event, state.decode, given_back)
-        case ReplicaLost(state.prefill, is_dead=False) if state.handoff is not None:
+        case SubmitFailed(state.decode, refused=True) as refusal:
+            return _failed(replace(state, handoff=None), FaultKind.DECODE_REFUSED, _words(refusal))
+        case _ if loss := _loss_of(state.decode, event):
+            given_back = (Release(state.handoff),) if state.handoff is not None and loss.is_dead else ()
+            return _place_again(replace(state, handoff=None), _decode_lost(state), loss, given_back)
+        case ReplicaLost(state.prefill, is_dead=False) as loss if state.handoff is not None:
             # A fetch from a dead process fails; one from a process that hangs may never end.
             state = replace(state, handoff=None)
-            return _place_again(state, FaultKind.PREFILL_LOST, event, state.prefill or "", (AbortOn(state.decode),))
+            return _place_again(state, FaultKind.PREFILL_LOST, loss, (AbortOn(state.decode),))
         case _:
             return state, ()
 
@@ -355,13 +354,9 @@ def _decode(state: SequenceState, handoff: KVHandoff | None) -> Transition:
 
 
 def _place_again(
-    state: SequenceState,
-    kind: FaultKind,
-    event: SubmitFailed | ReplicaLost,
-    lost: str,
-    first: tuple[Action, ...] = (),
+    state: SequenceState, kind: FaultKind, loss: SubmitFailed | ReplicaLost, first: tuple[Action, ...] = ()
 ) -> Transition:
-    return _again(state, kind, _loss(event), lost, first)
+    return _again(state, kind, _words(loss), loss.replica_id, first)
 
 
 def _again(state: SequenceState, kind: FaultKind, what: str, lost: str, first: tuple[Action, ...] = ()) -> Transition:
@@ -388,12 +383,15 @@ def _decode_lost(state: SequenceState) -> FaultKind:
     return FaultKind.DECODE_LOST_MID_STREAM if state.has_written else FaultKind.DECODE_LOST_BEFORE_TOKEN
 
 
-def _is_loss_of(replica_id: str, event: Event) -> TypeGuard[SubmitFailed | ReplicaLost]:
-    is_loss = isinstance(event, ReplicaLost) or (isinstance(event, SubmitFailed) and not event.refused)
-    return is_loss and event.replica_id == replica_id
+def _loss_of(replica_id: str, event: Event) -> SubmitFailed | ReplicaLost | None:
+    match event:
+        case ReplicaLost() | SubmitFailed(refused=False) if event.replica_id == replica_id:
+            return event
+        case _:
+            return None
 
 
-def _loss(event: SubmitFailed | ReplicaLost) -> str:
-    if isinstance(event, SubmitFailed):
-        return f"{event.replica_id} did not take the request: {event.error}"
-    return f"{event.replica_id} was lost"
+def _words(loss: SubmitFailed | ReplicaLost) -> str:
+    if isinstance(loss, SubmitFailed):
+        return f"{loss.replica_id} did not take the request: {loss.error}"
+    return f"{loss.replica_id} was lost"
