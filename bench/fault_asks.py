@@ -23,6 +23,9 @@ ANSWER_TOKENS = 320
 
 LATE_TOKENS = 24
 LONG_ANSWER_TOKENS = 64
+FLOOD = "flood-"
+"""What the names of a flood's requests begin with."""
+
 FLOOD_TOKENS = 8
 FLOOD_SIZE = 400
 BLOCKERS = 4
@@ -144,9 +147,7 @@ def difference(answer: Answer, reference: Answer) -> str:
         for what in ("text", "finish_reason", "tool_calls"):
             if getattr(choice, what) != getattr(right, what):
                 return f"choice {index}: {what} {getattr(choice, what)!r} instead of {getattr(right, what)!r}"
-    usage, right_usage = (
-        (one.prompt_tokens, one.completion_tokens) for one in (answer, reference)
-    )
+    usage, right_usage = ((one.prompt_tokens, one.completion_tokens) for one in (answer, reference))
     return "" if usage == right_usage else f"usage {usage} instead of {right_usage}"
 
 
@@ -216,7 +217,7 @@ class Asks:
     def flood(self) -> list[Ask]:
         """One prompt, very often at once."""
         prompt = self._prompt(SHORT_PROMPT_TOKENS)
-        return [_completion(f"flood-{number}", prompt, FLOOD_TOKENS) for number in range(FLOOD_SIZE)]
+        return [_completion(f"{FLOOD}{number}", prompt, FLOOD_TOKENS) for number in range(FLOOD_SIZE)]
 
     def _prompt(self, num_tokens: int) -> list[int]:
         return [self._rng.randrange(LOWEST_TOKEN, HIGHEST_TOKEN) for _ in range(num_tokens)]

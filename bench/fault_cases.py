@@ -149,9 +149,7 @@ def all_cases() -> tuple[Case, ...]:
     pairs = covering(tuple(Moment), tuple(Victim), SIGNALS)
     cases = [Case(victim, blow, moment, _kind(moment, victim)) for moment, victim, blow in pairs]
     done = {case.kind for case in cases if case.victim is Victim.DECODE_CORE and case.moment is Moment.REPLAYED}
-    cases += [
-        Case(Victim.DECODE_CORE, Blow.KILL, Moment.REPLAYED, kind) for kind in REPLAYED_KINDS if kind not in done
-    ]
+    cases += [Case(Victim.DECODE_CORE, Blow.KILL, Moment.REPLAYED, kind) for kind in REPLAYED_KINDS if kind not in done]
     cases += [
         Case(None, Blow.LEAVE, moment, _early_kind(number))
         for number, moment in enumerate((Moment.QUEUED, Moment.PREFILLING, Moment.BEFORE_PULL, Moment.BEFORE_TOKEN))
