@@ -22,7 +22,7 @@ from engine.protocol import (
     TokenDelta,
     WorkerReport,
 )
-from engine.reports import LOAD_INTERVAL_S
+from engine.reports import HEARTBEAT_S, LOAD_INTERVAL_S
 from engine.worker import Worker
 from prefill.worker import PrefillWorker
 from tests.unit.virtual_time import simulate
@@ -533,5 +533,23 @@ def test_a_handoff_whose_fate_is_unknown_is_not_given_back() -> None:
                 await rig.submit("a", "r", HANDOFF)
             with pytest.raises(InvalidEngineRequestError, match="consumed before"):
                 await rig.worker.release("release-r", HANDOFF)
+
+    simulate(main)
+
+
+def test_an_engine_is_silent_while_it_holds_requests_and_tells_nothing() -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            await asyncio.sleep(100)
+            assert rig.worker.engine_silent_s() == 0.0
+            await rig.submit("a", "r")
+            await asyncio.sleep(3)
+            await rig.submit("a", "s")
+            assert rig.worker.engine_silent_s() == pytest.approx(3)
+            await rig.engine.step(running=2)
+            await asyncio.sleep(2 * HEARTBEAT_S + 0.1)
+            assert rig.a.reports[-1].engine_silent_s == pytest.approx(2 * HEARTBEAT_S, abs=LOAD_INTERVAL_S)
+            await rig.worker.abort("a", ["r", "s"])
+            assert rig.worker.engine_silent_s() == 0.0
 
     simulate(main)

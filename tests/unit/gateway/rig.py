@@ -107,9 +107,7 @@ class Gateway:
 
     def __init__(self, transport: InProcessTransport, prefix: str = "r", **config: Any):
         self.closed: list[Receipt] = []
-        limits = OrchestratorConfig(
-            HANDOFF_TIMEOUT_S, max_in_flight_requests=100, warm_up_sampling=b"warm-up", report_timeout_s=1e6
-        )
+        limits = OrchestratorConfig(HANDOFF_TIMEOUT_S, max_in_flight_requests=100, warm_up_sampling=b"warm-up")
         self.orchestrator = Orchestrator(
             transport,
             least_tokens,
