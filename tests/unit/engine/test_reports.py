@@ -133,6 +133,7 @@ def test_a_stream_on_which_nothing_happens_still_beats() -> None:
         assert reader.reports[1:] == [WorkerReport("decode-0", Phase.DECODE, n, [], load(0)) for n in (1, 2)]
         # Whatever else is told counts as a beat.
         outbox.put([delta(1)], load(0), NOBODY)
+        await reader.caught_up()
         silent_s = 7.0
         await asyncio.sleep(1.5 * HEARTBEAT_S)
         assert reader.times_s[3:] == pytest.approx([2.5 * HEARTBEAT_S, 3.5 * HEARTBEAT_S])
