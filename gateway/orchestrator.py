@@ -25,9 +25,10 @@ from engine.protocol import (
 from gateway import lifecycle
 from gateway.cluster import Cluster, Replica
 from gateway.lifecycle import SequenceState, Stage
+from gateway.routing.admission import AdmissionConfig, admit
 from gateway.routing.policies import Policy, place
 from gateway.routing.receipts import Outcome, Receipt, ReceiptStore, Times
-from gateway.routing.types import Placement, Rejection, RequestView
+from gateway.routing.types import Cause, Hints, Placement, Rejection, RequestView
 from gateway.transport import Members, ReplicaGoneError, WorkerTransport
 
 log = logging.getLogger("baton.orchestrator")
@@ -70,6 +71,7 @@ class Group:
     receipt_id: str
     num_choices: int
     received_s: float
+    hints: Hints = field(default_factory=Hints)
     decide_s: float = 0.0
     placement: Placement | None = None
     receipt: Receipt | None = None
@@ -105,6 +107,7 @@ class OrchestratorConfig:
     handoff_timeout_s: float
     max_in_flight_requests: int
     warm_up_sampling: bytes
+    admission: AdmissionConfig = field(default_factory=AdmissionConfig)
 
 
 class Orchestrator:
@@ -122,7 +125,7 @@ class Orchestrator:
         wall_clock: Callable[[], float] = time.time,
         new_seed: Callable[[], int] = lambda: secrets.randbits(32),
     ):
-        self.cluster = Cluster()
+        self.cluster = Cluster(clock)
         self.receipts = receipts
         self._transport = transport
         self._policy = policy
@@ -145,6 +148,7 @@ class Orchestrator:
 
     async def start(self, expected: Mapping[Phase, int], timeout_s: float) -> None:
         """Waits until every pool has its expected replicas, attached and warm. Raises TimeoutError."""
+        self.cluster.expects_prefill = expected.get(Phase.PREFILL, 0) > 0
         self._transport.watch(self._on_members)
 
         def ready() -> bool:
@@ -170,9 +174,11 @@ class Orchestrator:
 
     # -- requests
 
-    def new_group(self, receipt_id: str, num_choices: int, received_s: float | None = None) -> Group:
+    def new_group(
+        self, receipt_id: str, num_choices: int, received_s: float | None = None, hints: Hints | None = None
+    ) -> Group:
         """`received_s` is when the prompt's HTTP request arrived, on the orchestrator's clock."""
-        return Group(receipt_id, num_choices, self._clock() if received_s is None else received_s)
+        return Group(receipt_id, num_choices, self._clock() if received_s is None else received_s, hints or Hints())
 
     def add(self, request: SequenceRequest, group: Group) -> None:
         """Places a sequence and sets it going. Raises PlacementRejected; then nothing has been reserved."""
@@ -180,9 +186,10 @@ class Orchestrator:
         limit = self._config.max_in_flight_requests
         # All choices of a prompt are taken, or none.
         if not group.sequences and len(self._sequences) + group.num_choices > limit:
-            raise PlacementRejected(Rejection(503, f"this gateway already holds {limit} sequences", 1))
+            reason = f"this gateway already holds {limit} sequences"
+            raise PlacementRejected(Rejection(503, reason, 1, Cause.GATEWAY_FULL))
         if group.placement is None:
-            self._place(request, group)
+            self._place(request, group, arrived_s)
         assert group.placement is not None
         state = SequenceState(
             request.request_id, group.placement.prefill, group.placement.decode, leads=not group.sequences
@@ -214,20 +221,25 @@ class Orchestrator:
     def num_in_flight(self) -> int:
         return len(self._sequences)
 
-    def _place(self, request: SequenceRequest, group: Group) -> None:
+    def _place(self, request: SequenceRequest, group: Group, arrived_s: float) -> None:
         view = RequestView(
             request_id=group.receipt_id,
             num_prompt_tokens=len(request.prompt_token_ids),
             max_tokens=request.max_tokens,
             num_choices=group.num_choices,
             needs_whole_prompt=request.needs_whole_prompt,
+            hints=group.hints,
+            waited_s=max(arrived_s - group.received_s, 0.0),
         )
         snapshot, seed = self.cluster.snapshot(), self._new_seed()
         began_s = self._clock()
         placement = place(self._policy, view, snapshot, seed)
-        group.decide_s = self._clock() - began_s
         if isinstance(placement, Rejection):
             raise PlacementRejected(placement)
+        admission = admit(view, placement, snapshot, self._config.admission)
+        group.decide_s = self._clock() - began_s
+        if isinstance(admission, Rejection):
+            raise PlacementRejected(admission)
         group.placement = placement
         group.receipt = Receipt(
             group.receipt_id,
@@ -238,6 +250,8 @@ class Orchestrator:
             snapshot,
             placement,
             Outcome("running", prompt_tokens=view.num_prompt_tokens),
+            admission=admission,
+            admission_config=self._config.admission,
         )
         self.receipts.put(group.receipt)
 
@@ -266,6 +280,7 @@ class Orchestrator:
             case lifecycle.SubmitDecode(replica_id, handoff):
                 if sequence.state.prefill is not None:
                     self.cluster.ended(sequence.state.prefill, request.request_id)
+                self.cluster.queued(replica_id, request.request_id)
                 sequence.handoff_blocks = handoff.num_blocks if handoff else 0
                 self._spawn(self._submit(sequence, replica_id, self._engine_request(sequence, Phase.DECODE, handoff)))
             case lifecycle.AbortOn(replica_id):

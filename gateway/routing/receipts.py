@@ -5,6 +5,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
+from gateway.routing.admission import AdmissionConfig, Admitted
 from gateway.routing.types import ClusterSnapshot, Placement, RequestView
 
 
@@ -55,7 +56,8 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """One placement, replayable: `place(policy, request, snapshot, seed)` gives `placement` again."""
+    """One placement, replayable: `place(policy, request, snapshot, seed)` gives `placement` again, and
+    `admit(request, placement, snapshot, admission_config)` gives `admission`."""
 
     request_id: str
     created_s: float
@@ -65,6 +67,8 @@ class Receipt:
     snapshot: ClusterSnapshot
     placement: Placement
     outcome: Outcome
+    admission: Admitted | None = None
+    admission_config: AdmissionConfig | None = None
 
     def as_json(self) -> dict[str, Any]:
         data = dataclasses.asdict(self)
