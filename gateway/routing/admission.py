@@ -111,13 +111,14 @@ def _read_s(reader: ReplicaView, num_tokens: int) -> float:
 
 def _slots(request: RequestView, decode: ReplicaView) -> float:
     """How many requests like those in flight, this one included, run in decode at once: bounded by `max_num_seqs` and
-    by KV blocks, of which each request leaves half of one empty on average. Infinite where neither is known."""
+    by KV blocks. Of these each request leaves half of one empty on average, and what is free in the end is too little
+    for the next request: half of what one takes, on average. Infinite where neither bound is known."""
     slots = float(decode.max_num_seqs or math.inf)
     if decode.num_kv_blocks and decode.block_size_tokens:
         num_requests = decode.in_flight_requests + request.num_choices
         num_tokens = decode.in_flight_tokens + request.num_prompt_tokens
         num_blocks = num_tokens / decode.block_size_tokens + num_requests / 2
-        slots = min(slots, decode.num_kv_blocks * num_requests / num_blocks)
+        slots = min(slots, decode.num_kv_blocks * num_requests / num_blocks - 0.5)
     return max(slots, 1.0)
 
 

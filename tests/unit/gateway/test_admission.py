@@ -88,12 +88,13 @@ def test_the_choices_of_a_prompt_need_a_place_each() -> None:
 
 
 def test_kv_blocks_bound_the_places_as_well() -> None:
-    # 20 in flight with 10,000 tokens, and this one with 1,000: 120.5 blocks, so that 60 hold 10.5 such requests.
+    # 20 in flight with 10,000 tokens, and this one with 1,000: 120.5 blocks, so that 60 hold 10.5 such requests, and
+    # half of one has no use.
     decode = {"max_num_seqs": 0, "num_kv_blocks": 60, "in_flight_requests": 20, "in_flight_tokens": 10_000}
-    slots = 60 * 21 / 120.5
+    slots = 60 * 21 / 120.5 - 0.5
     taken = admitted({}, decode | {"slot_s": 2.0})
     assert taken.slot_wait_s == pytest.approx((21 - slots) * 2.0 / slots)
-    assert admitted({}, decode | {"slot_s": 2.0, "num_kv_blocks": 121}).slot_wait_s == 0.0
+    assert admitted({}, decode | {"slot_s": 2.0, "num_kv_blocks": 124}).slot_wait_s == 0.0
 
 
 def test_what_was_waited_before_counts() -> None:
