@@ -145,9 +145,14 @@ class Worker:
         all_in_flight = [ledger.in_flight for ledger in self._in_flight.values()]
         num_requests = sum(in_flight.num_requests for in_flight in all_in_flight)
         num_tokens = sum(in_flight.num_tokens for in_flight in all_in_flight)
+        num_queued_tokens = sum(in_flight.num_queued_tokens for in_flight in all_in_flight)
         for gateway_id, outbox in self._outboxes.items():
             own = self._in_flight[gateway_id].in_flight
-            others = InFlight(num_requests - own.num_requests, num_tokens - own.num_tokens)
+            others = InFlight(
+                num_requests - own.num_requests,
+                num_tokens - own.num_tokens,
+                num_queued_tokens - own.num_queued_tokens,
+            )
             outbox.put(deltas[gateway_id] if deltas else (), self._load, others)
 
     async def _follow_steps(self) -> None:

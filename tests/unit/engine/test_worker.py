@@ -317,7 +317,7 @@ def test_each_gateway_is_told_what_the_others_have_in_flight() -> None:
             await rig.submit("a", "a2")
             await rig.submit("b", "b1")
             await told()
-            assert others(rig.a, rig.b) == [InFlight(1, 3), InFlight(2, 6)]
+            assert others(rig.a, rig.b) == [InFlight(1, 3, 3), InFlight(2, 6, 6)]
             await rig.engine.step(delta("a1", 1), delta("b1", 1))
             await rig.engine.step(delta("a1", 2), delta("a2", 1, FinishReason.STOP))
             await told()
@@ -336,7 +336,7 @@ def test_what_others_send_is_told_before_the_engine_steps() -> None:
             await told()
             await rig.submit("a", "r")
             await settled()
-            assert others(rig.b) == [InFlight(1, 3)]
+            assert others(rig.b) == [InFlight(1, 3, 3)]
 
     simulate(main)
 
@@ -372,7 +372,7 @@ def test_a_gateway_that_attaches_learns_at_once_what_is_in_flight() -> None:
             late = Gateway(rig.worker, "late")
             await settled()
             (report,) = late.reports
-            assert report.others_in_flight == InFlight(1, 3)
+            assert report.others_in_flight == InFlight(1, 3, 3)
             await late.vanish()
 
     simulate(main)

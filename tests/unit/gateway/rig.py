@@ -186,7 +186,7 @@ class Rig(Gateway):
                 self.new_worker(phase, f"{phase}-{index}")
         self.expected = {Phase.PREFILL: prefill, Phase.DECODE: decode}
         self.transport = Tapped(list(self.workers.values()))
-        super().__init__(self.transport, **config)
+        super().__init__(self.transport, **{"has_prefill_pool": prefill > 0} | config)
 
     def new_worker(self, phase: Phase, replica_id: str) -> Worker:
         engine = self.engines[replica_id] = SimulatedEngine(
