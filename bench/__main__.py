@@ -1,4 +1,4 @@
-"""Owns the command line of the benchmarks: `python -m bench overhead | streams | faults`."""
+"""Owns the command line of the benchmarks: `python -m bench overhead | overload | streams | faults`."""
 
 import signal
 from collections.abc import Callable
@@ -274,6 +274,88 @@ def streams(
     missed = 0
     if check:
         for target in STREAM_TARGETS:
+            console.print(target.line(report), soft_wrap=True)
+            missed += not target.is_met_by(report)
+    if not report.complete and not start_failed:
+        raise typer.Exit(INTERRUPTED)
+    if missed or start_failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def overload(
+    engine: Annotated[
+        EngineKind, typer.Option(help="simulated: in virtual time; vllm: `baton serve` over real engines.")
+    ] = EngineKind.SIMULATED,
+    factor: Annotated[
+        float | None, typer.Option(min=1.0, help="Requests offered, of those answered at the best rate.")
+    ] = None,
+    overload_s: Annotated[float | None, typer.Option(min=1.0, help="How long the overload lasts.")] = None,
+    deadline_s: Annotated[float | None, typer.Option(min=0.1, help="A first token later than this is late.")] = None,
+    seed: Annotated[int, typer.Option(help="Decides who arrives when and asks for what.")] = 0,
+    config: Annotated[Path, typer.Option(help="With --engine vllm: what is served.")] = DEFAULT_CONFIGS[
+        EngineKind.VLLM
+    ],
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything that was measured here.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Shorter loads.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Exit 1 where a target is missed.")] = False,
+) -> None:
+    """Ask for far more than there is capacity for, and see what is answered in time and how the rest is refused."""
+    console = _console()
+    from bench.overload_report import OverloadPlan, OverloadReport, table, targets
+    from bench.overload_report import write_json as write_overload_json
+
+    if engine is EngineKind.SIMULATED:
+        preset = OverloadPlan(engine, 2.0, 5.0, overload_s=600.0, capacity_s=120.0, normal_s=60.0)
+        short = replace(preset, overload_s=60.0, capacity_s=30.0, normal_s=30.0)
+    else:
+        preset = OverloadPlan(engine, 3.0, 2.0, overload_s=60.0, capacity_s=20.0, config=str(config))
+        short = replace(preset, overload_s=30.0, capacity_s=10.0)
+    preset = short if quick else preset
+    plan = replace(
+        preset,
+        deadline_s=deadline_s or preset.deadline_s,
+        factor=factor or preset.factor,
+        overload_s=overload_s or preset.overload_s,
+        seed=seed,
+    )
+    report = OverloadReport(False, plan, gather_setting())
+    interrupt = _InterruptOnce()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupt)
+    start_failed = False
+    try:
+        if engine is EngineKind.SIMULATED:
+            from bench.overload import SCENARIOS, Overload
+
+            for scenario in SCENARIOS:
+                console.print(escape(f"{scenario.name} ..."))
+                report = replace(report, scenarios=(*report.scenarios, Overload(plan, scenario).run()))
+        else:
+            from bench.overload_live import LiveOverload
+
+            try:
+                settings = load(config)
+                system = make_system("baton", settings, config)
+            except (ConfigError, ValueError) as error:
+                _fail(str(error))
+            healed = processes.heal(base_dir())
+            if healed:
+                console.print(escape(str(healed)))
+            report = replace(report, live=LiveOverload(plan, settings.model_name, system, console.print).run())
+        report = replace(report, complete=True)
+    except StartFailed as error:
+        start_failed = True
+        console.print(f"[bold red]does not start:[/] {escape(str(error))}\n{escape(error.log_tail)}", soft_wrap=True)
+    except KeyboardInterrupt:
+        console.print("[yellow]interrupted; everything that was started is stopped[/]")
+    if json_file is not None:
+        write_overload_json(report, json_file)
+    if report.scenarios or report.live:
+        console.print(table(report))
+    missed = 0
+    if check:
+        for target in targets(engine):
             console.print(target.line(report), soft_wrap=True)
             missed += not target.is_met_by(report)
     if not report.complete and not start_failed:

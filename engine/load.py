@@ -1,4 +1,4 @@
-"""Owns how load is counted: requests and tokens in flight, and how fast an engine steps and reads prompts."""
+"""Owns how load is counted: requests and tokens in flight, an engine's pace, ratios over the recent past."""
 
 from collections import deque
 from dataclasses import dataclass
@@ -28,7 +28,8 @@ class Ledger:
 
     @property
     def in_flight(self) -> InFlight:
-        return InFlight(len(self._requests), self.num_queued_tokens + self.num_running_tokens)
+        num_tokens = self.num_queued_tokens + self.num_running_tokens
+        return InFlight(len(self._requests), num_tokens, self.num_queued_tokens)
 
     def began(self, request_id: str, num_prompt_tokens: int) -> None:
         self.ended(request_id)
@@ -79,3 +80,21 @@ class Pace:
         """0 until a prompt was read."""
         total_s = sum(duration_s for _, duration_s in self._steps)
         return sum(num_tokens for num_tokens, _ in self._steps) / total_s if total_s else 0.0
+
+
+class Recent:
+    """A ratio of two sums over the last `number` additions: an average that follows a change and needs no clock."""
+
+    def __init__(self, number: int) -> None:
+        self._added: deque[tuple[float, float]] = deque(maxlen=number)
+        self._ratio: float | None = None
+
+    def add(self, numerator: float, denominator: float = 1.0) -> None:
+        self._added.append((numerator, denominator))
+        total = sum(denominator for _, denominator in self._added)
+        self._ratio = sum(numerator for numerator, _ in self._added) / total if total else None
+
+    @property
+    def ratio(self) -> float | None:
+        """None until something was added."""
+        return self._ratio

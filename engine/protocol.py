@@ -126,10 +126,14 @@ class EngineLoad(msgspec.Struct, frozen=True, array_like=True):
 
 
 class InFlight(msgspec.Struct, frozen=True, array_like=True):
-    """Requests sent and not ended, and their tokens: prompts and what they have written so far."""
+    """Requests sent and not ended, and their tokens: prompts and what they have written so far.
+
+    `num_queued_tokens` of them are prompts of requests that have no token yet.
+    """
 
     num_requests: int = 0
     num_tokens: int = 0
+    num_queued_tokens: int = 0
 
 
 class BlockChanges(msgspec.Struct, frozen=True, array_like=True):
@@ -145,7 +149,7 @@ class BlockChanges(msgspec.Struct, frozen=True, array_like=True):
 
 
 class EngineInfo(msgspec.Struct, frozen=True, array_like=True):
-    """What does not change while an engine lives."""
+    """What does not change while an engine lives. `max_num_seqs`: how many requests it runs at once; 0: unknown."""
 
     kind: str
     model: str
@@ -154,6 +158,7 @@ class EngineInfo(msgspec.Struct, frozen=True, array_like=True):
     num_kv_blocks: int
     kv_block_bytes: int
     pids: list[int]
+    max_num_seqs: int = 0
 
 
 class EngineStep(msgspec.Struct, frozen=True):

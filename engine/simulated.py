@@ -200,6 +200,7 @@ class SimulatedEngine:
             num_kv_blocks=config.num_kv_blocks,
             kv_block_bytes=config.kv_block_bytes,
             pids=[],
+            max_num_seqs=config.max_num_seqs,
         )
         self._pool = BlockPool(config.num_kv_blocks)
         self._live: dict[str, _Sequence] = {}

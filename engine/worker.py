@@ -42,6 +42,8 @@ class Worker:
         self._blocks = BlockMirror(engine.info.num_kv_blocks)
         self._aborted: OrderedDict[str, str] = OrderedDict()
         self._failure: EngineGoneError | None = None
+        self._loop = asyncio.get_running_loop()
+        self._engine_heard_s = self._loop.time()
         self._tasks = [
             asyncio.create_task(self._run(self._follow_steps), name=f"worker-steps-{replica_id}"),
             asyncio.create_task(self._run(self._follow_blocks), name=f"worker-blocks-{replica_id}"),
@@ -52,12 +54,16 @@ class Worker:
         """Why this worker can serve no more; None while it is well."""
         return self._failure
 
+    def engine_silent_s(self) -> float:
+        """For how long the engine has told nothing although it holds requests; 0 when it holds none."""
+        return self._loop.time() - self._engine_heard_s if self._owners else 0.0
+
     async def attach(self, gateway_id: str) -> AsyncGenerator[WorkerReport, None]:
         """The report stream of one gateway. A second attachment of the same gateway replaces the first."""
         if self._failure:
             raise self._failure
         await self._let_go(gateway_id)
-        outbox = Outbox(self.replica_id, self.phase, self._engine.info, self._load, self._blocks)
+        outbox = Outbox(self.replica_id, self.phase, self._engine.info, self._load, self._blocks, self.engine_silent_s)
         self._outboxes[gateway_id] = outbox
         self._in_flight[gateway_id] = Ledger()
         self._tell()
@@ -79,6 +85,8 @@ class Worker:
         if request.request_id in self._owners:
             raise InvalidEngineRequestError(f"request {request.request_id} is already on {self.replica_id}")
         self._check(request)
+        if not self._owners:
+            self._engine_heard_s = self._loop.time()
         self._owners[request.request_id] = gateway_id
         self._in_flight[gateway_id].began(request.request_id, len(request.prompt_token_ids))
         self._tell()
@@ -137,14 +145,20 @@ class Worker:
         all_in_flight = [ledger.in_flight for ledger in self._in_flight.values()]
         num_requests = sum(in_flight.num_requests for in_flight in all_in_flight)
         num_tokens = sum(in_flight.num_tokens for in_flight in all_in_flight)
+        num_queued_tokens = sum(in_flight.num_queued_tokens for in_flight in all_in_flight)
         for gateway_id, outbox in self._outboxes.items():
             own = self._in_flight[gateway_id].in_flight
-            others = InFlight(num_requests - own.num_requests, num_tokens - own.num_tokens)
+            others = InFlight(
+                num_requests - own.num_requests,
+                num_tokens - own.num_tokens,
+                num_queued_tokens - own.num_queued_tokens,
+            )
             outbox.put(deltas[gateway_id] if deltas else (), self._load, others)
 
     async def _follow_steps(self) -> None:
         async for step in self._engine.steps():
             self._load = step.load
+            self._engine_heard_s = self._loop.time()
             deltas: dict[str, list[TokenDelta]] = {gateway_id: [] for gateway_id in self._outboxes}
             for delta in step.deltas:
                 owner = self._owners.get(delta.request_id)

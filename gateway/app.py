@@ -17,6 +17,7 @@ from engine.simulated import LatencyModel, SimulatedEngineConfig, TokenRule
 from gateway import metrics
 from gateway.orchestrator import Orchestrator, OrchestratorConfig
 from gateway.peers_ray import RayPeers
+from gateway.routing.admission import AdmissionConfig
 from gateway.routing.policies import least_tokens
 from gateway.routing.receipts import ReceiptStore
 from gateway.settings import PoolSettings, Settings, load
@@ -89,10 +90,12 @@ class Gateway:
                 handoff_timeout_s=config.handoff.timeout_s,
                 max_in_flight_requests=config.gateway.max_in_flight_requests,
                 warm_up_sampling=warm_up_sampling(),
+                has_prefill_pool=config.pools.prefill.replicas > 0,
                 report_timeout_s=config.recovery.worker_timeout_s,
                 engine_timeout_s=config.recovery.engine_timeout_s,
                 recovery_timeout_s=config.recovery.placement_timeout_s,
                 drop_logprobs=drop_logprobs,
+                admission=AdmissionConfig(**config.admission.model_dump()),
             ),
             closed=metrics.count,
         )

@@ -5,7 +5,7 @@ from dataclasses import fields
 from prometheus_client import REGISTRY, Counter, Histogram, Metric
 
 from gateway.routing.receipts import Receipt, Times
-from gateway.routing.types import Rejection
+from gateway.routing.types import Priority, Rejection
 
 BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
@@ -18,7 +18,17 @@ STAGE = Histogram(
 TTFT = Histogram("baton_ttft_seconds", "From the HTTP request's arrival to its first token", buckets=BUCKETS_S)
 DURATION = Histogram("baton_request_seconds", "From the HTTP request's arrival to its last token", buckets=BUCKETS_S)
 REQUESTS = Counter("baton_requests", "Prompts by what became of them", ["status", "split"])
-REJECTIONS = Counter("baton_rejections", "Prompts that were not placed, by what the client was told", ["status"])
+REJECTIONS = Counter(
+    "baton_rejections",
+    "Prompts that were not taken, by what the client was told, why, and the priority it asked for",
+    ["status", "cause", "priority"],
+)
+DEGRADED = Counter(
+    "baton_degraded_placements", "Prompts that decode read itself because the prefill pool had no replica"
+)
+PREDICTED_TTFT = Histogram(
+    "baton_predicted_ttft_seconds", "The time to the first token that a prompt was taken with", buckets=BUCKETS_S
+)
 FAULTS = Counter("baton_faults", "Faults met by requests, whether the client noticed or not", ["kind"])
 PROMPT_TOKENS = Counter("baton_prompt_tokens", "Prompt tokens by where they came from", ["source"])
 KV_BYTES = Counter("baton_kv_moved_bytes", "Bytes of KV cache that decode engines fetched from prefill engines")
@@ -28,6 +38,9 @@ def count(receipt: Receipt) -> None:
     """Counts a closed receipt."""
     outcome = receipt.outcome
     REQUESTS.labels(outcome.status, "yes" if receipt.placement.prefill else "no").inc()
+    DEGRADED.inc(receipt.placement.degraded)
+    if receipt.admission is not None:
+        PREDICTED_TTFT.observe(receipt.admission.predicted_ttft_s)
     for kind in outcome.fault_kinds:
         FAULTS.labels(kind).inc()
     PROMPT_TOKENS.labels("cache").inc(outcome.reused_tokens)
@@ -42,9 +55,9 @@ def count(receipt: Receipt) -> None:
             STAGE.labels(stage.name).observe(time_ms / 1000)
 
 
-def count_rejection(rejection: Rejection) -> None:
+def count_rejection(rejection: Rejection, priority: Priority) -> None:
     """Counts a prompt that has no receipt: nothing was placed."""
-    REJECTIONS.labels(str(rejection.status)).inc()
+    REJECTIONS.labels(str(rejection.status), rejection.cause, priority).inc()
 
 
 def collect() -> list[Metric]:

@@ -26,9 +26,10 @@ from gateway.cluster import Cluster, Replica
 from gateway.lifecycle import SequenceState, Stage
 from gateway.membership import Membership, MembershipConfig
 from gateway.outcome import Attempt, GroupTimes, History, blocks_moved, facts_for_client, outcome
+from gateway.routing.admission import AdmissionConfig, admit
 from gateway.routing.policies import Policy, place
 from gateway.routing.receipts import Decision, Outcome, Receipt, ReceiptStore
-from gateway.routing.types import Placement, Rejection, RequestView
+from gateway.routing.types import Cause, Hints, Placement, Rejection, RequestView
 from gateway.transport import ReplicaGoneError, WorkerTransport
 
 log = logging.getLogger("baton.orchestrator")
@@ -68,6 +69,7 @@ class Group:
     receipt_id: str
     num_choices: int
     received_s: float
+    hints: Hints = field(default_factory=Hints)
     decide_s: float = 0.0
     placement: Placement | None = None
     receipt: Receipt | None = None
@@ -98,17 +100,20 @@ class Sequence:
 
 @dataclass(frozen=True)
 class OrchestratorConfig:
-    """`recovery_timeout_s`: how long a request that a fault has displaced waits for a replica.
+    """`has_prefill_pool`: a request that is not split is then degraded. `recovery_timeout_s`: how long a request that a
+    fault has displaced waits for a replica.
     `drop_logprobs(logprobs, n)` leaves out the first n tokens of a delta's logprobs and those of the prompt. For the
     rest see `MembershipConfig`."""
 
     handoff_timeout_s: float
     max_in_flight_requests: int
     warm_up_sampling: bytes
+    has_prefill_pool: bool = False
     report_timeout_s: float = 5.0
     engine_timeout_s: float = 20.0
     recovery_timeout_s: float = 120.0
     drop_logprobs: Callable[[bytes, int], bytes] = lambda logprobs, num_tokens: logprobs
+    admission: AdmissionConfig = field(default_factory=AdmissionConfig)
 
 
 class Orchestrator:
@@ -126,7 +131,8 @@ class Orchestrator:
         wall_clock: Callable[[], float] = time.time,
         new_seed: Callable[[], int] = lambda: secrets.randbits(32),
     ):
-        self.cluster = Cluster()
+        self.cluster = Cluster(clock)
+        self.cluster.expects_prefill = config.has_prefill_pool
         self.receipts = receipts
         self._transport = transport
         self._policy = policy
@@ -173,9 +179,11 @@ class Orchestrator:
 
     # -- requests
 
-    def new_group(self, receipt_id: str, num_choices: int, received_s: float | None = None) -> Group:
+    def new_group(
+        self, receipt_id: str, num_choices: int, received_s: float | None = None, hints: Hints | None = None
+    ) -> Group:
         """`received_s` is when the prompt's HTTP request arrived, on the orchestrator's clock."""
-        return Group(receipt_id, num_choices, self._clock() if received_s is None else received_s)
+        return Group(receipt_id, num_choices, self._clock() if received_s is None else received_s, hints or Hints())
 
     def add(self, request: SequenceRequest, group: Group) -> None:
         """Places a sequence and sets it going. Raises PlacementRejected; then nothing has been reserved."""
@@ -183,9 +191,10 @@ class Orchestrator:
         limit = self._config.max_in_flight_requests
         # All choices of a prompt are taken, or none.
         if not group.sequences and len(self._sequences) + group.num_choices > limit:
-            raise PlacementRejected(Rejection(503, f"this gateway already holds {limit} sequences", 1))
+            reason = f"this gateway already holds {limit} sequences"
+            raise PlacementRejected(Rejection(503, reason, 1, Cause.GATEWAY_FULL))
         if group.placement is None:
-            self._place_group(request, group)
+            self._place_group(request, group, arrived_s)
         assert group.placement is not None
         state = SequenceState(
             request.request_id,
@@ -223,20 +232,25 @@ class Orchestrator:
 
     # -- placements
 
-    def _place_group(self, request: SequenceRequest, group: Group) -> None:
+    def _place_group(self, request: SequenceRequest, group: Group, arrived_s: float) -> None:
         view = RequestView(
             request_id=group.receipt_id,
             num_prompt_tokens=len(request.prompt_token_ids),
             max_tokens=request.max_tokens,
             num_choices=group.num_choices,
             needs_whole_prompt=request.needs_whole_prompt,
+            hints=group.hints,
+            waited_s=max(arrived_s - group.received_s, 0.0),
         )
         snapshot, seed = self.cluster.snapshot(), self._new_seed()
         began_s = self._clock()
         placement = place(self._policy, view, snapshot, seed)
-        group.decide_s = self._clock() - began_s
         if isinstance(placement, Rejection):
             raise PlacementRejected(placement)
+        admission = admit(view, placement, snapshot, self._config.admission)
+        group.decide_s = self._clock() - began_s
+        if isinstance(admission, Rejection):
+            raise PlacementRejected(admission)
         group.placement = placement
         group.receipt = Receipt(
             group.receipt_id,
@@ -247,6 +261,8 @@ class Orchestrator:
             snapshot,
             placement,
             Outcome("running", prompt_tokens=view.num_prompt_tokens),
+            admission=admission,
+            admission_config=self._config.admission,
         )
         self.receipts.put(group.receipt)
 
@@ -312,6 +328,7 @@ class Orchestrator:
             case lifecycle.SubmitDecode(replica_id, handoff):
                 if sequence.state.prefill is not None:
                     self.cluster.ended(sequence.state.prefill, engine_id)
+                self.cluster.queued(replica_id, engine_id)
                 attempt = sequence.attempt
                 attempt.handoff_blocks = handoff.num_blocks if handoff else 0
                 attempt.num_told_tokens = len(sequence.written) if sequence.request.resumable else 0

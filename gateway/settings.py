@@ -15,6 +15,7 @@ from pydantic_settings import (
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NotNegativeFloat = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class ConfigError(ValueError):
@@ -148,6 +149,29 @@ class RecoverySettings(Section):
     )
 
 
+class AdmissionSettings(Section):
+    """Which requests are taken while there is more work than capacity (docs/adr/0014)."""
+
+    ttft_deadline_s: PositiveFloat = Field(
+        default=30.0, description="time to the first token after which an answer is late, if the client names none"
+    )
+    low_share: Share = Field(default=0.5, description="of the deadline, that priority low may be predicted to use")
+    normal_share: Share = 0.75
+    high_share: Share = Field(default=0.9, description="what is left of 1 is for predictions that are too short")
+    max_queued_requests_per_replica: PositiveInt = Field(
+        default=1024, description="requests that may wait for one engine, whatever is predicted"
+    )
+    max_retry_after_s: PositiveInt = Field(default=60, description="longest Retry-After of a refusal")
+
+    @model_validator(mode="after")
+    def _shares_grow(self) -> Self:
+        if not self.low_share <= self.normal_share <= self.high_share:
+            raise ValueError(
+                "low_share, normal_share and high_share must grow in this order: the lowest is refused first"
+            )
+        return self
+
+
 class RuntimeSettings(Section):
     """The local Ray runtime that `baton serve` starts; unused on an existing cluster."""
 
@@ -173,6 +197,7 @@ class Settings(BaseSettings):
     handoff: HandoffSettings = HandoffSettings()
     gateway: GatewaySettings = GatewaySettings()
     recovery: RecoverySettings = RecoverySettings()
+    admission: AdmissionSettings = AdmissionSettings()
     runtime: RuntimeSettings = RuntimeSettings()
 
     @classmethod
@@ -313,6 +338,7 @@ def _readable(file: Path, error: ValidationError) -> str:
 
 
 __all__ = [
+    "AdmissionSettings",
     "ConfigError",
     "EngineSettings",
     "GatewaySettings",

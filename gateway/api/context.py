@@ -1,9 +1,9 @@
 """Owns what is known of the HTTP request being served: its id, and what the cluster said to it."""
 
 import contextvars
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from gateway.routing.types import Rejection
+from gateway.routing.types import Hints, Rejection
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,12 +18,14 @@ class Failure:
 
 @dataclass
 class RequestContext:
-    """One HTTP request. `received_s` is monotonic time. `num_groups` counts the prompts it has placed, each with a
-    receipt of its own; `answering` says that an engine has begun to answer, `failure` that the request failed before.
+    """One HTTP request. `received_s` is monotonic time, `hints` come from its headers. `num_groups` counts the prompts
+    it has placed, each with a receipt of its own; `answering` says that an engine has begun to answer, `failure` that
+    the request failed before.
     """
 
     request_id: str
     received_s: float
+    hints: Hints = field(default_factory=Hints)
     rejection: Rejection | None = None
     failure: Failure | None = None
     answering: bool = False

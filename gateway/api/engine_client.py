@@ -33,6 +33,7 @@ from engine.vllm_codec import SamplingPayload, decode_logprobs, encode_sampling,
 from gateway import metrics
 from gateway.api import context
 from gateway.orchestrator import Group, Orchestrator, PlacementRejected, SequenceRequest
+from gateway.refusals import RefusalLog
 
 FINISH_REASONS = {reason: VllmFinishReason[reason.name] for reason in FinishReason}
 
@@ -57,6 +58,7 @@ class ClusterCoreClient(EngineCoreClient):
         self._orchestrator = orchestrator
         self._queued_s: dict[str, float] = {}
         self._http: dict[str, context.RequestContext] = {}
+        self._refusals = RefusalLog()
         self.resources = _Resources()
         self.engine_ranks_managed = [0]
         self.forget: Callable[[str], object] = lambda request_id: None
@@ -67,8 +69,8 @@ class ClusterCoreClient(EngineCoreClient):
         """Requests added in this context are the choices of one prompt."""
         http = context.current.get()
         receipt_id = http.next_receipt_id() if http else uuid.uuid4().hex
-        received_s = http.received_s if http else None
-        token = _group.set(self._orchestrator.new_group(receipt_id, num_choices, received_s))
+        received_s, hints = (http.received_s, http.hints) if http else (None, None)
+        token = _group.set(self._orchestrator.new_group(receipt_id, num_choices, received_s, hints))
         try:
             yield
         finally:
@@ -112,7 +114,8 @@ class ClusterCoreClient(EngineCoreClient):
         try:
             self._orchestrator.add(sequence, group)
         except PlacementRejected as error:
-            metrics.count_rejection(error.rejection)
+            metrics.count_rejection(error.rejection, group.hints.priority)
+            self._refusals.note(group.receipt_id, error.rejection, group.hints.priority)
             if http:
                 http.rejection = error.rejection
             raise GracefulHTTPError(error.rejection.reason, HTTPStatus(error.rejection.status)) from error

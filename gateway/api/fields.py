@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from gateway.routing.types import Hints, Priority
+
 _SAMPLING = {
     "allowed_token_ids", "bad_words", "frequency_penalty", "ignore_eos", "include_stop_str_in_output",
     "length_penalty", "logit_bias", "logprob_token_ids", "logprobs", "max_tokens", "min_p", "min_tokens", "n",
@@ -161,7 +163,12 @@ ROUTES: frozenset[tuple[str, str]] = frozenset(
     }
 )
 
+PRIORITY_HEADER = "x-baton-priority"
+DEADLINE_HEADER = "x-baton-ttft-deadline-ms"
+MAX_DEADLINE_MS = 3_600_000
+
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_MILLISECONDS = re.compile(r"[0-9]{1,7}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +189,22 @@ def check_headers(headers: Mapping[str, str]) -> Refused | None:
     if request_id is not None and not _REQUEST_ID.fullmatch(request_id):
         return Refused("the header X-Request-Id must be 1 to 128 letters, digits, '.', '_' or '-'")
     return None
+
+
+def read_hints(headers: Mapping[str, str]) -> Hints | Refused:
+    """What the client's headers (lower-case names) say of its request, or why they are refused."""
+    priority = headers.get(PRIORITY_HEADER, Priority.NORMAL)
+    if priority not in set(Priority):
+        return Refused(f"the header {PRIORITY_HEADER} must be {', '.join(Priority)}")
+    deadline = headers.get(DEADLINE_HEADER)
+    if deadline is None:
+        return Hints(Priority(priority))
+    if not _MILLISECONDS.fullmatch(deadline) or not 0 < int(deadline) <= MAX_DEADLINE_MS:
+        return Refused(
+            f"the header {DEADLINE_HEADER} must be a whole number of milliseconds, 1 to {MAX_DEADLINE_MS}: how long "
+            "the first token may take"
+        )
+    return Hints(Priority(priority), int(deadline) / 1000)
 
 
 def check_body(path: str, body: Mapping[str, Any], max_choices: int) -> dict[str, Any] | Refused:

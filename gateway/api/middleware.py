@@ -24,6 +24,7 @@ OPENAI_KINDS = {
     400: "BadRequestError",
     404: "NotFoundError",
     413: "RequestEntityTooLargeError",
+    429: "RateLimitError",
     500: "InternalServerError",
 }
 ANTHROPIC_KINDS = {
@@ -139,7 +140,8 @@ class Departure:
 
 
 class Intake:
-    """Lets in bodies of a bounded size that hold nothing but allowed fields; answers 413 or 400 to others."""
+    """Lets in bodies of a bounded size that hold nothing but allowed fields; answers 413 or 400 to others. Notes what
+    the headers say of the request."""
 
     def __init__(self, app: ASGIApp, max_body_bytes: int, max_choices: int):
         self._app = app
@@ -154,6 +156,12 @@ class Intake:
         if refused := fields.check_headers(headers):
             await _send_error(scope, send, 400, refused.message, refused.param)
             return
+        hints = fields.read_hints(headers)
+        if isinstance(hints, fields.Refused):
+            await _send_error(scope, send, 400, hints.message, hints.param)
+            return
+        if request := context.current.get():
+            request.hints = hints
         path = scope["path"]
         if scope["method"] != "POST" or path not in fields.ALLOWED:
             await self._app(scope, receive, send)

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable, Sequence
 
-from gateway.routing.types import ClusterSnapshot, Placement, Rejection, ReplicaView, RequestView
+from gateway.routing.types import Cause, ClusterSnapshot, Placement, Rejection, ReplicaView, RequestView
 
 Policy = Callable[[RequestView, ClusterSnapshot, random.Random], Placement | Rejection]
 
@@ -17,7 +17,7 @@ def least_tokens(request: RequestView, snapshot: ClusterSnapshot, rng: random.Ra
     prompt on the engine that answers (prompt logprobs).
     """
     if not snapshot.decode:
-        return Rejection(503, "no decode replica is available", NO_DECODE_RETRY_AFTER_S)
+        return Rejection(503, "no decode replica is available", NO_DECODE_RETRY_AFTER_S, Cause.NO_DECODE)
     decode = _fewest_tokens(snapshot.decode, rng)
     scores = {view.replica_id: float(view.in_flight_tokens) for view in (*snapshot.prefill, *snapshot.decode)}
     if request.needs_whole_prompt:
@@ -25,7 +25,7 @@ def least_tokens(request: RequestView, snapshot: ClusterSnapshot, rng: random.Ra
         return Placement(None, decode.replica_id, "least-tokens", reason, scores)
     if not snapshot.prefill:
         reason = "decode reads the prompt itself: no prefill replica is available"
-        return Placement(None, decode.replica_id, "least-tokens", reason, scores)
+        return Placement(None, decode.replica_id, "least-tokens", reason, scores, degraded=snapshot.expects_prefill)
     prefill = _fewest_tokens(snapshot.prefill, rng)
     reason = (
         f"fewest tokens in flight: {prefill.in_flight_tokens} on {prefill.replica_id}, "

@@ -5,6 +5,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
+from gateway.routing.admission import AdmissionConfig, Admitted
 from gateway.routing.types import ClusterSnapshot, Placement, RequestView
 
 
@@ -68,8 +69,9 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """One placement, replayable: `place(policy, request, snapshot, seed)` gives `placement` again. `later` are those
-    that faults have made necessary."""
+    """One placement, replayable: `place(policy, request, snapshot, seed)` gives `placement` again, and
+    `admit(request, placement, snapshot, admission_config)` gives `admission`. `later` are the placements that faults
+    have made necessary."""
 
     request_id: str
     created_s: float
@@ -79,6 +81,8 @@ class Receipt:
     snapshot: ClusterSnapshot
     placement: Placement
     outcome: Outcome
+    admission: Admitted | None = None
+    admission_config: AdmissionConfig | None = None
     later: tuple[Decision, ...] = ()
 
     def as_json(self) -> dict[str, Any]:

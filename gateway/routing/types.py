@@ -1,6 +1,34 @@
 """Owns the values a placement is decided from and the values it results in. Pure, frozen, serializable."""
 
-from dataclasses import dataclass, field
+import enum
+from dataclasses import dataclass, field, replace
+
+
+class Priority(enum.StrEnum):
+    """What a client says its request is to the others; under load the lower are refused first."""
+
+    LOW = "low"
+    NORMAL = "normal"
+    HIGH = "high"
+
+
+class Cause(enum.StrEnum):
+    """Why a request is refused, as metrics count it. Those of load are 429; where something is missing it is 503."""
+
+    NO_DECODE = "no-decode-replica"
+    GATEWAY_FULL = "gateway-full"
+    DEADLINE = "deadline"
+    QUEUE_FULL = "queue-full"
+    OTHER = "other"
+
+
+@dataclass(frozen=True, slots=True)
+class Hints:
+    """What a client says of a request beside its body. `ttft_deadline_s`: when its first token is of no use any more,
+    counted from the HTTP request's arrival; None: the configuration's."""
+
+    priority: Priority = Priority.NORMAL
+    ttft_deadline_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -8,7 +36,10 @@ class ReplicaView:
     """One engine as the router sees it at the moment of a decision.
 
     What is in flight is of all gateways: this one's own, counted when sent, and the others', as the engine's worker
-    reports them (up to `engine.reports.LOAD_INTERVAL_S` old).
+    reports them (up to `engine.reports.LOAD_INTERVAL_S` old). `queued_tokens` of it are prompts of requests that were
+    sent there and have no token yet. The rest is measured, and 0 until it was: `prefill_tokens_per_s`, of the tokens
+    that are computed; `computed_share` of the prompts read there lately, the rest was cached; `slot_s`, how long a
+    request has held one of the `max_num_seqs` (0: unknown) lately. `num_kv_blocks` hold `block_size_tokens` each.
     """
 
     replica_id: str
@@ -16,17 +47,26 @@ class ReplicaView:
     in_flight_tokens: int
     num_kv_blocks: int
     num_kv_blocks_used: int
+    queued_tokens: int = 0
+    prefill_tokens_per_s: float = 0.0
+    computed_share: float = 1.0
+    slot_s: float = 0.0
+    max_num_seqs: int = 0
+    block_size_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class ClusterSnapshot:
-    """The replicas that may be chosen, each pool in the order of its ids."""
+    """The replicas that may be chosen, each pool in the order of its ids. `expects_prefill`: there should be prefill
+    replicas, by the configuration."""
 
     prefill: tuple[ReplicaView, ...]
     decode: tuple[ReplicaView, ...]
+    expects_prefill: bool = False
 
     def without(self, replica_ids: frozenset[str]) -> "ClusterSnapshot":
-        return ClusterSnapshot(
+        return replace(
+            self,
             prefill=tuple(view for view in self.prefill if view.replica_id not in replica_ids),
             decode=tuple(view for view in self.decode if view.replica_id not in replica_ids),
         )
@@ -36,7 +76,7 @@ class ClusterSnapshot:
 class RequestView:
     """What a policy may know of a request.
 
-    `needs_whole_prompt`: the engine that answers must read the prompt itself.
+    `needs_whole_prompt`: the engine that answers must read the prompt itself. `waited_s`: since the HTTP request came.
     """
 
     request_id: str
@@ -44,17 +84,21 @@ class RequestView:
     max_tokens: int
     num_choices: int = 1
     needs_whole_prompt: bool = False
+    hints: Hints = Hints()
+    waited_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Who prefills (None: the decode replica itself) and who decodes, why, and what each candidate scored."""
+    """Who prefills (None: the decode replica itself) and who decodes, why, and what each candidate scored. `degraded`:
+    a prefill replica would have been chosen, if there were one."""
 
     prefill: str | None
     decode: str
     policy: str
     reason: str
     scores: dict[str, float] = field(default_factory=dict[str, float])
+    degraded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,3 +108,4 @@ class Rejection:
     status: int
     reason: str
     retry_after_s: int
+    cause: Cause = Cause.OTHER

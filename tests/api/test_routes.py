@@ -99,7 +99,8 @@ def routes_of(app: FastAPI) -> set[tuple[str, str]]:
 
 
 def rejections() -> float:
-    return REGISTRY.get_sample_value("baton_rejections_total", {"status": "503"}) or 0.0
+    labels = {"status": "503", "cause": "no-decode-replica", "priority": "normal"}
+    return REGISTRY.get_sample_value("baton_rejections_total", labels) or 0.0
 
 
 def test_the_application_has_the_routes_of_the_allow_list_and_no_other(app):

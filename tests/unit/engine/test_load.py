@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.load import PACE_STEPS, Ledger, Pace
+from engine.load import PACE_STEPS, Ledger, Pace, Recent
 from engine.protocol import InFlight
 
 
@@ -31,7 +31,7 @@ def test_a_request_that_begins_again_counts_once() -> None:
     ledger.began("r", 10)
     ledger.wrote("r", 5)
     ledger.began("r", 20)
-    assert (tokens(ledger), ledger.in_flight) == ((20, 0), InFlight(1, 20))
+    assert (tokens(ledger), ledger.in_flight) == ((20, 0), InFlight(1, 20, 20))
 
 
 events = st.lists(
@@ -56,7 +56,7 @@ def test_whatever_happens_tokens_are_the_sum_over_the_requests(happened: list[tu
         queued = sum(prompt for prompt, written in expected.values() if not written)
         running = sum(prompt + written for prompt, written in expected.values() if written)
         assert tokens(ledger) == (queued, running)
-        assert ledger.in_flight == InFlight(len(expected), queued + running)
+        assert ledger.in_flight == InFlight(len(expected), queued + running, queued)
 
 
 def test_the_prefill_rate_is_tokens_over_the_time_of_the_steps_that_read_prompts() -> None:
@@ -75,3 +75,17 @@ def test_the_prefill_rate_forgets_old_steps() -> None:
     for _ in range(PACE_STEPS):
         pace.stepped(1.0, 7)
     assert pace.prefill_tokens_per_s == pytest.approx(7.0)
+
+
+def test_a_recent_ratio_is_of_sums_and_forgets() -> None:
+    recent = Recent(2)
+    assert recent.ratio is None
+    recent.add(0.0, 0.0)
+    assert recent.ratio is None
+    recent.add(1.0, 10.0)
+    assert recent.ratio == pytest.approx(0.1)
+    recent.add(5.0, 30.0)
+    assert recent.ratio == pytest.approx(6.0 / 40.0)
+    recent.add(7.0)
+    recent.add(9.0)
+    assert recent.ratio == pytest.approx(8.0)

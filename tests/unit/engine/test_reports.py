@@ -18,7 +18,7 @@ from engine.protocol import (
     TokenDelta,
     WorkerReport,
 )
-from engine.reports import LOAD_INTERVAL_S, Outbox
+from engine.reports import HEARTBEAT_S, LOAD_INTERVAL_S, Outbox
 from tests.unit.virtual_time import now_s, simulate
 
 INFO = EngineInfo("simulated", "model", 256, 8, 64, 1024, [])
@@ -119,6 +119,27 @@ def test_load_alone_waits_for_company_but_not_for_long() -> None:
         assert len(reader.reports) == pytest.approx(1.0 / LOAD_INTERVAL_S + 1, abs=2)
         assert reader.reports[-1].load == load(100)
         assert reader.times_s[-1] <= 1.0 + LOAD_INTERVAL_S + 1e-9
+
+    simulate(main)
+
+
+def test_a_stream_on_which_nothing_happens_still_beats() -> None:
+    async def main() -> None:
+        silent_s = 0.0
+        outbox = Outbox("decode-0", Phase.DECODE, INFO, load(0), BlockMirror(64), lambda: silent_s)
+        reader = Reader(outbox.reports())
+        await asyncio.sleep(2.5 * HEARTBEAT_S)
+        assert reader.times_s == pytest.approx([0.0, HEARTBEAT_S, 2 * HEARTBEAT_S])
+        assert reader.reports[1:] == [WorkerReport("decode-0", Phase.DECODE, n, [], load(0)) for n in (1, 2)]
+        # Whatever else is told counts as a beat.
+        outbox.put([delta(1)], load(0), NOBODY)
+        await reader.caught_up()
+        silent_s = 7.0
+        await asyncio.sleep(1.5 * HEARTBEAT_S)
+        assert reader.times_s[3:] == pytest.approx([2.5 * HEARTBEAT_S, 3.5 * HEARTBEAT_S])
+        assert [report.engine_silent_s for report in reader.reports[2:]] == [0.0, 0.0, 7.0]
+        outbox.close()
+        await reader.task
 
     simulate(main)
 

@@ -22,7 +22,7 @@ from engine.protocol import (
     TokenDelta,
     WorkerReport,
 )
-from engine.reports import LOAD_INTERVAL_S
+from engine.reports import HEARTBEAT_S, LOAD_INTERVAL_S
 from engine.worker import Worker
 from prefill.worker import PrefillWorker
 from tests.unit.virtual_time import simulate
@@ -317,7 +317,7 @@ def test_each_gateway_is_told_what_the_others_have_in_flight() -> None:
             await rig.submit("a", "a2")
             await rig.submit("b", "b1")
             await told()
-            assert others(rig.a, rig.b) == [InFlight(1, 3), InFlight(2, 6)]
+            assert others(rig.a, rig.b) == [InFlight(1, 3, 3), InFlight(2, 6, 6)]
             await rig.engine.step(delta("a1", 1), delta("b1", 1))
             await rig.engine.step(delta("a1", 2), delta("a2", 1, FinishReason.STOP))
             await told()
@@ -336,7 +336,7 @@ def test_what_others_send_is_told_before_the_engine_steps() -> None:
             await told()
             await rig.submit("a", "r")
             await settled()
-            assert others(rig.b) == [InFlight(1, 3)]
+            assert others(rig.b) == [InFlight(1, 3, 3)]
 
     simulate(main)
 
@@ -372,7 +372,7 @@ def test_a_gateway_that_attaches_learns_at_once_what_is_in_flight() -> None:
             late = Gateway(rig.worker, "late")
             await settled()
             (report,) = late.reports
-            assert report.others_in_flight == InFlight(1, 3)
+            assert report.others_in_flight == InFlight(1, 3, 3)
             await late.vanish()
 
     simulate(main)
@@ -533,5 +533,23 @@ def test_a_handoff_whose_fate_is_unknown_is_not_given_back() -> None:
                 await rig.submit("a", "r", HANDOFF)
             with pytest.raises(InvalidEngineRequestError, match="consumed before"):
                 await rig.worker.release("release-r", HANDOFF)
+
+    simulate(main)
+
+
+def test_an_engine_is_silent_while_it_holds_requests_and_tells_nothing() -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            await asyncio.sleep(100)
+            assert rig.worker.engine_silent_s() == 0.0
+            await rig.submit("a", "r")
+            await asyncio.sleep(3)
+            await rig.submit("a", "s")
+            assert rig.worker.engine_silent_s() == pytest.approx(3)
+            await rig.engine.step(running=2)
+            await asyncio.sleep(2 * HEARTBEAT_S + 0.1)
+            assert rig.a.reports[-1].engine_silent_s == pytest.approx(2 * HEARTBEAT_S, abs=LOAD_INTERVAL_S)
+            await rig.worker.abort("a", ["r", "s"])
+            assert rig.worker.engine_silent_s() == 0.0
 
     simulate(main)

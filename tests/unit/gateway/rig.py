@@ -107,9 +107,7 @@ class Gateway:
 
     def __init__(self, transport: InProcessTransport, prefix: str = "r", **config: Any):
         self.closed: list[Receipt] = []
-        limits = OrchestratorConfig(
-            HANDOFF_TIMEOUT_S, max_in_flight_requests=100, warm_up_sampling=b"warm-up", report_timeout_s=1e6
-        )
+        limits = OrchestratorConfig(HANDOFF_TIMEOUT_S, max_in_flight_requests=100, warm_up_sampling=b"warm-up")
         self.orchestrator = Orchestrator(
             transport,
             least_tokens,
@@ -188,7 +186,7 @@ class Rig(Gateway):
                 self.new_worker(phase, f"{phase}-{index}")
         self.expected = {Phase.PREFILL: prefill, Phase.DECODE: decode}
         self.transport = Tapped(list(self.workers.values()))
-        super().__init__(self.transport, **config)
+        super().__init__(self.transport, **{"has_prefill_pool": prefill > 0} | config)
 
     def new_worker(self, phase: Phase, replica_id: str) -> Worker:
         engine = self.engines[replica_id] = SimulatedEngine(

@@ -1,22 +1,38 @@
 """The gateway's view of its pools: what reports and its own sendings add up to, also beside another gateway."""
 
 import asyncio
-from dataclasses import replace
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.protocol import BlockChanges, EngineInfo, EngineLoad, InFlight, Phase, WorkerReport
+from engine.protocol import (
+    BlockChanges,
+    EngineInfo,
+    EngineLoad,
+    EngineTimes,
+    FinishReason,
+    InFlight,
+    Phase,
+    PrefillFacts,
+    TokenDelta,
+    WorkerReport,
+)
 from engine.reports import LOAD_INTERVAL_S
-from gateway.cluster import Cluster, Replica
+from gateway.cluster import RECENT_REQUESTS, TRUSTED_AFTER_TOKENS, Cluster, Replica
 from gateway.routing.policies import least_tokens, place
 from gateway.routing.types import ReplicaView
 from tests.unit.gateway.rig import OTHER_PROMPT, PROMPT, Gateway, Rig
 from tests.unit.simulated_config import BLOCK, CONFIG
 from tests.unit.virtual_time import now_s, simulate
 
-INFO = EngineInfo("simulated", "model", 256, 8, 64, 1024, [])
+INFO = EngineInfo("simulated", "model", 256, 8, 64, 1024, [], max_num_seqs=4)
+VIEW = ReplicaView("d1", 0, 0, 64, 0, max_num_seqs=4, block_size_tokens=8)
 
 
 def report(
@@ -31,8 +47,8 @@ def report(
     return WorkerReport(replica_id, Phase.DECODE, sequence, [], load, info, others or InFlight(), blocks)
 
 
-def cluster_of(*replica_ids: str) -> Cluster:
-    cluster = Cluster()
+def cluster_of(*replica_ids: str, clock: Callable[[], float] = time.monotonic) -> Cluster:
+    cluster = Cluster(clock)
     for replica_id in replica_ids:
         cluster.add(replica_id, Phase.PREFILL if replica_id.startswith("p") else Phase.DECODE).ready = True
     return cluster
@@ -81,17 +97,20 @@ def test_a_snapshot_shows_what_was_reported_and_what_was_sent() -> None:
     cluster.sent("d1", "r1", 100)
     cluster.sent("d1", "r2", 10)
     cluster.produced("d1", "r1", 3)
-    assert cluster.snapshot().decode == (ReplicaView("d1", 2, 113, 64, 5),)
+    expected = replace(VIEW, in_flight_requests=2, in_flight_tokens=113, num_kv_blocks_used=5)
+    assert cluster.snapshot().decode == (expected,)
 
 
 def test_what_is_in_flight_is_ones_own_and_what_others_were_reported_to_have() -> None:
     cluster = cluster_of("d1")
     cluster.sent("d1", "r1", 100)
-    cluster.fold(report("d1", info=INFO, others=InFlight(3, 40)))
-    assert cluster.snapshot().decode == (ReplicaView("d1", 4, 140, 64, 0),)
+    cluster.fold(report("d1", info=INFO, others=InFlight(3, 40, 30)))
+    expected = replace(VIEW, in_flight_requests=4, in_flight_tokens=140, queued_tokens=30)
+    assert cluster.snapshot().decode == (expected,)
     cluster.produced("d1", "r1", 2)
     cluster.fold(report("d1", 1, others=InFlight(1, 7)))
-    assert cluster.snapshot().decode == (ReplicaView("d1", 2, 109, 64, 0),)
+    expected = replace(VIEW, in_flight_requests=2, in_flight_tokens=109)
+    assert cluster.snapshot().decode == (expected,)
     assert in_flight(cluster, "d1") == ({"r1": 102}, 102)
 
 
@@ -182,12 +201,123 @@ def test_tokens_in_flight_are_the_sum_of_the_requests_in_flight(events: list[tup
         assert in_flight(cluster, replica_id) == ({}, 0)
 
 
+# -- what admission is decided from
+
+
+@dataclass
+class Clock:
+    now_s: float = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def first_delta(request_id: str, computed: int, cached: int = 0, external: int = 0, **more: Any) -> TokenDelta:
+    facts = PrefillFacts(computed + cached + external, computed, cached, external)
+    return TokenDelta(request_id, [1], prefill=facts, **more)
+
+
+def tell(cluster: Cluster, replica_id: str, *deltas: TokenDelta, load: EngineLoad | None = None) -> None:
+    phase = Phase.PREFILL if replica_id.startswith("p") else Phase.DECODE
+    cluster.fold(WorkerReport(replica_id, phase, 1, list(deltas), load or EngineLoad()))
+
+
+def test_a_prompt_is_queued_at_prefill_until_it_is_read() -> None:
+    cluster = cluster_of("p1", "d1")
+    cluster.sent("p1", "r1", 100)
+    cluster.sent("p1", "r2", 20)
+    assert cluster.snapshot().prefill[0].queued_tokens == 120
+    tell(cluster, "p1", first_delta("r1", 100, finish_reason=FinishReason.LENGTH))
+    assert cluster.snapshot().prefill[0].queued_tokens == 20
+    cluster.ended("p1", "r1")
+    cluster.ended("p1", "r2")
+    assert cluster.snapshot().prefill[0].queued_tokens == 0
+
+
+def test_a_prompt_is_queued_at_decode_from_its_submission_to_its_first_token() -> None:
+    cluster = cluster_of("d1")
+    cluster.sent("d1", "r", 100)
+    assert cluster.snapshot().decode[0].queued_tokens == 0, "another engine reads it first"
+    cluster.queued("d1", "r")
+    assert cluster.snapshot().decode[0].queued_tokens == 100
+    tell(cluster, "d1", TokenDelta("r", []))
+    assert cluster.snapshot().decode[0].queued_tokens == 100
+    tell(cluster, "d1", first_delta("r", 100))
+    assert cluster.snapshot().decode[0].queued_tokens == 0
+
+
+def test_a_prompt_that_fails_or_is_sent_again_is_queued_no_more_than_once() -> None:
+    cluster = cluster_of("d1")
+    for _ in range(2):
+        cluster.sent("d1", "r", 100)
+        cluster.queued("d1", "r")
+        cluster.queued("d1", "r")
+    assert cluster.snapshot().decode[0].queued_tokens == 100
+    tell(cluster, "d1", TokenDelta("r", [], FinishReason.ERROR))
+    assert cluster.snapshot().decode[0].queued_tokens == 0
+    cluster.queued("d1", "unknown")
+    assert cluster.snapshot().decode[0].queued_tokens == 0
+
+
+def test_nothing_is_queued_on_a_replica_whose_reports_broke_off() -> None:
+    cluster = cluster_of("d1")
+    cluster.sent("d1", "r", 100)
+    cluster.queued("d1", "r")
+    replica_of(cluster, "d1").detach()
+    assert replica_of(cluster, "d1").all_in_flight == InFlight(1, 100, 0)
+    cluster.ended("d1", "r")
+    assert replica_of(cluster, "d1").all_in_flight == InFlight()
+
+
+def test_the_prefill_rate_says_nothing_before_the_engine_has_read_enough() -> None:
+    cluster = cluster_of("p1")
+    load = EngineLoad(prefill_tokens_per_s=50.0, prompt_tokens_computed_total=TRUSTED_AFTER_TOKENS - 1)
+    tell(cluster, "p1", load=load)
+    assert cluster.snapshot().prefill[0].prefill_tokens_per_s == 0.0
+    tell(cluster, "p1", load=msgspec.structs.replace(load, prompt_tokens_computed_total=TRUSTED_AFTER_TOKENS))
+    assert cluster.snapshot().prefill[0].prefill_tokens_per_s == 50.0
+
+
+def test_the_computed_share_is_of_the_prompts_an_engine_has_read_lately() -> None:
+    cluster = cluster_of("p1")
+    assert cluster.snapshot().prefill[0].computed_share == 1.0
+    tell(cluster, "p1", first_delta("r1", 100), first_delta("r2", 20, cached=280))
+    tell(cluster, "p1", first_delta("r3", 1, external=999))
+    assert cluster.snapshot().prefill[0].computed_share == pytest.approx(120 / 400)
+    for _ in range(RECENT_REQUESTS):
+        tell(cluster, "p1", first_delta("r", 0, cached=10))
+    assert cluster.snapshot().prefill[0].computed_share == 0.0
+
+
+def test_a_place_in_decodes_batch_is_held_from_the_first_computing_to_the_end() -> None:
+    clock = Clock()
+    cluster = cluster_of("d1", clock=clock)
+    for request_id, seconds in (("r1", 2.0), ("r2", 4.0)):
+        cluster.sent("d1", request_id, 100)
+        clock.now_s += 1000.0
+        tell(cluster, "d1", first_delta(request_id, 1, external=99, times=EngineTimes(500.0, 0.5)))
+        tell(cluster, "d1", TokenDelta(request_id, [2]))
+        clock.now_s += seconds
+        cluster.ended("d1", request_id)
+        cluster.ended("d1", request_id)
+    assert cluster.snapshot().decode[0].slot_s == pytest.approx((2.5 + 4.5) / 2)
+
+
+def test_a_request_that_never_ran_held_no_place() -> None:
+    cluster = cluster_of("d1")
+    cluster.sent("d1", "r", 100)
+    tell(cluster, "d1", first_delta("a warm-up", 9))
+    cluster.ended("d1", "r")
+    cluster.ended("d1", "a warm-up")
+    assert cluster.snapshot().decode[0].slot_s == 0.0
+
+
 # -- two gateways over the same workers
 
 
 def own(gateway: Gateway, replica_id: str) -> InFlight:
     replica = replica_of(gateway.cluster, replica_id)
-    return InFlight(len(replica.in_flight), replica.in_flight_tokens)
+    return InFlight(len(replica.in_flight), replica.in_flight_tokens, replica.queued_tokens)
 
 
 def others(gateway: Gateway, replica_id: str) -> InFlight:
@@ -243,7 +373,8 @@ def test_both_gateways_count_the_same_while_nothing_moves(replica_id: str) -> No
                     continue  # decode's share is reserved by its gateway from the placement on, before decode has it
                 if replica_id == "decode-0" and own(other, "prefill-0") != InFlight():
                     continue
-                assert views[0] == views[1]
+                counts = [(v.in_flight_requests, v.in_flight_tokens, v.queued_tokens) for v in views]
+                assert counts[0] == counts[1]
                 worker_has.add(views[0].in_flight_tokens)
             assert len(worker_has) > (1 if replica_id == "prefill-0" else 3)
 

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.api.fields import ALLOWED, REFUSED, ROUTES, Refused, check_body, check_headers
+from gateway.api.fields import ALLOWED, REFUSED, ROUTES, Refused, check_body, check_headers, read_hints
+from gateway.routing.types import Hints, Priority
 
 CHAT = "/v1/chat/completions"
 MAX_CHOICES = 4
@@ -228,6 +229,33 @@ def test_headers_that_would_steer_an_engine_are_refused(name: str, value: str) -
     refused = check_headers({name: value})
     assert refused is not None
     assert name.lower() in refused.message.lower()
+
+
+@pytest.mark.parametrize(
+    ("headers", "hints"),
+    [
+        ({}, Hints(Priority.NORMAL, None)),
+        ({"x-baton-priority": "low"}, Hints(Priority.LOW, None)),
+        ({"x-baton-priority": "high", "x-other": "low"}, Hints(Priority.HIGH, None)),
+        ({"x-baton-ttft-deadline-ms": "1"}, Hints(Priority.NORMAL, 0.001)),
+        ({"x-baton-ttft-deadline-ms": "3600000", "x-baton-priority": "normal"}, Hints(Priority.NORMAL, 3600.0)),
+    ],
+)
+def test_a_client_says_how_urgent_its_request_is(headers: dict[str, str], hints: Hints) -> None:
+    assert read_hints(headers) == hints
+    assert check_headers(headers) is None
+
+
+@pytest.mark.parametrize("value", ["", "0", "-1", "1.5", "1e3", " 1", "soon", "3600001", "9" * 100, "\u0661", "0x10"])
+def test_a_deadline_that_is_no_time_is_refused(value: str) -> None:
+    refused = read_hints({"x-baton-ttft-deadline-ms": value})
+    assert isinstance(refused, Refused)
+    assert "x-baton-ttft-deadline-ms must be a whole number of milliseconds, 1 to 3600000" in refused.message
+
+
+@pytest.mark.parametrize("value", ["", "urgent", "HIGH", "1", "high "])
+def test_a_priority_that_does_not_exist_is_refused(value: str) -> None:
+    assert read_hints({"x-baton-priority": value}) == Refused("the header x-baton-priority must be low, normal, high")
 
 
 def test_every_path_with_a_body_is_a_route_and_nothing_else_takes_one() -> None:

@@ -20,7 +20,7 @@ from gateway.api.middleware import (
     Patience,
     ResponseStart,
 )
-from gateway.routing.types import Rejection
+from gateway.routing.types import Hints, Priority, Rejection
 from tests.unit.virtual_time import now_s, simulate
 
 CHAT, MESSAGES = "/v1/chat/completions", "/v1/messages"
@@ -277,6 +277,38 @@ def test_a_refused_header_is_answered_400_whatever_the_method(method: str) -> No
     simulate(main)
 
 
+async def hints_of(headers: dict[str, str]) -> tuple[list[Hints], Exchange]:
+    noted: list[Hints] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        request = context.current.get()
+        assert request is not None
+        noted.append(request.hints)
+        await send(start_of(200, "text/plain"))
+        await send(chunk(b"ok", more=False))
+
+    return noted, await Exchange(headers=headers, incoming=body_of({})).run(ResponseStart(intake(app)))
+
+
+def test_what_the_headers_say_of_a_request_is_noted() -> None:
+    async def main() -> None:
+        noted, _ = await hints_of({"x-baton-priority": "low", "x-baton-ttft-deadline-ms": "1500"})
+        assert noted == [Hints(Priority.LOW, 1.5)]
+        assert (await hints_of({}))[0] == [Hints()]
+
+    simulate(main)
+
+
+@pytest.mark.parametrize(("name", "value"), [("x-baton-priority", "urgent"), ("x-baton-ttft-deadline-ms", "soon")])
+def test_a_hint_that_cannot_be_read_is_answered_400(name: str, value: str) -> None:
+    async def main() -> None:
+        noted, exchange = await hints_of({name: value})
+        assert (noted, exchange.status) == ([], 400)
+        assert name in exchange.json()["error"]["message"]
+
+    simulate(main)
+
+
 @pytest.mark.parametrize(("method", "path"), [("GET", CHAT), ("POST", "/elsewhere"), ("GET", "/health")])
 def test_what_has_no_body_to_check_passes_as_it_is(method: str, path: str) -> None:
     async def main() -> None:
@@ -335,8 +367,11 @@ def answering(request: context.RequestContext) -> None:
     request.answering = True
 
 
-def rejected(request: context.RequestContext) -> None:
-    request.rejection = Rejection(503, "no decode replica is available", 5)
+REJECTIONS = {
+    429: Rejection(429, "the predicted time to the first token is above the deadline", 7),
+    503: Rejection(503, "no decode replica is available", 5),
+}
+KINDS = {429: ("RateLimitError", "rate_limit_error"), 503: ("ServiceUnavailableError", "overloaded_error")}
 
 
 def failed(request: context.RequestContext) -> None:
@@ -413,28 +448,35 @@ def test_a_stream_is_held_until_an_engine_answers_and_loses_nothing() -> None:
 
 @pytest.mark.parametrize("content_type", ["text/event-stream; charset=utf-8", "application/json"])
 @pytest.mark.parametrize("path", [CHAT, MESSAGES])
-def test_a_rejection_replaces_the_response_with_its_own(path: str, content_type: str) -> None:
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_rejection_replaces_the_response_with_its_own(status: int, path: str, content_type: str) -> None:
     async def main() -> None:
         ids: list[str] = []
         streams = content_type.startswith("text")
+        rejection = REJECTIONS[status]
+
+        def rejected(request: context.RequestContext) -> None:
+            request.rejection = rejection
+
         exchange = await respond(
             lambda request: ids.append(request.request_id),
-            start_of(200 if streams else 503, content_type),
+            start_of(200 if streams else status, content_type),
             rejected,
             *([chunk(b"data: {error}\n\n"), chunk(b"data: [DONE]\n\n")] if streams else []),
             chunk(b"" if streams else b"{}", more=False),
             path=path,
         )
-        assert exchange.status == 503
+        assert exchange.status == status
         headers = exchange.response_headers
-        assert (headers["retry-after"], headers[REQUEST_ID_HEADER]) == ("5", ids[0])
+        assert (headers["retry-after"], headers[REQUEST_ID_HEADER]) == (str(rejection.retry_after_s), ids[0])
         assert headers["content-type"] == "application/json"
-        message = "no decode replica is available"
+        kind, anthropic_kind = KINDS[status]
         if path == CHAT:
-            error = {"message": message, "type": "ServiceUnavailableError", "param": None, "code": 503}
+            error = {"message": rejection.reason, "type": kind, "param": None, "code": status}
             assert exchange.json() == {"error": error}
         else:
-            assert exchange.json() == {"type": "error", "error": {"type": "overloaded_error", "message": message}}
+            error = {"type": anthropic_kind, "message": rejection.reason}
+            assert exchange.json() == {"type": "error", "error": error}
 
     simulate(main)
 

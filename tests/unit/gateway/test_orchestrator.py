@@ -19,8 +19,11 @@ from engine.protocol import (
     PrefillFacts,
     WorkerReport,
 )
+from gateway.cluster import TRUSTED_AFTER_TOKENS
 from gateway.orchestrator import PlacementRejected
+from gateway.routing.admission import AdmissionConfig, admit
 from gateway.routing.policies import least_tokens, place
+from gateway.routing.types import Cause, Hints, Priority
 from gateway.transport import ReplicaGoneError
 from tests.unit.gateway.rig import (
     CREATED_S,
@@ -181,6 +184,9 @@ def test_placements_replay_from_their_receipts_bit_for_bit() -> None:
                 receipt = rig.receipt(request_id)
                 again = place(least_tokens, receipt.request, receipt.snapshot, receipt.seed)
                 assert msgspec.msgpack.encode(again) == msgspec.msgpack.encode(receipt.placement)
+                assert receipt.admission_config is not None
+                taken = admit(receipt.request, receipt.placement, receipt.snapshot, receipt.admission_config)
+                assert msgspec.msgpack.encode(taken) == msgspec.msgpack.encode(receipt.admission)
             assert len({rig.receipt(r).placement.decode for r in request_ids}) == 3
 
     simulate(main)
@@ -558,11 +564,123 @@ def test_a_full_gateway_rejects_and_takes_again_when_there_is_room() -> None:
             request_ids = [rig.add(PROMPT), rig.add(OTHER_PROMPT)]
             with pytest.raises(PlacementRejected, match="2 sequences") as caught:
                 rig.add(PROMPT)
-            assert (caught.value.rejection.status, caught.value.rejection.retry_after_s) == (503, 1)
+            rejection = caught.value.rejection
+            assert (rejection.status, rejection.retry_after_s, rejection.cause) == (503, 1, Cause.GATEWAY_FULL)
             assert rig.orchestrator.num_in_flight == 2
             for request_id in request_ids:
                 await rig.finished(request_id)
             await rig.ask(PROMPT)
+
+    simulate(main)
+
+
+async def read_enough(rig: Rig) -> None:
+    """Lets prefill read what its measured rate needs to be believed."""
+    for number in range(2 + TRUSTED_AFTER_TOKENS // len(PROMPT)):
+        await rig.ask([number, *PROMPT], 1)
+
+
+def hurried(rig: Rig, deadline_s: float, priority: Priority = Priority.NORMAL, prompt: list[int] = PROMPT) -> str:
+    group = rig.orchestrator.new_group(f"hurried-{priority}", 1, hints=Hints(priority, deadline_s))
+    return rig.add(prompt, 6, group)
+
+
+def test_a_request_that_would_be_late_is_refused_and_leaves_nothing() -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            await read_enough(rig)
+            receipts = len(rig.orchestrator.receipts)
+            with pytest.raises(PlacementRejected, match="predicted time to the first token") as caught:
+                hurried(rig, 0.001)
+            rejection = caught.value.rejection
+            assert (rejection.status, rejection.retry_after_s, rejection.cause) == (429, 60, Cause.DEADLINE)
+            assert (rig.orchestrator.num_in_flight, len(rig.orchestrator.receipts)) == (0, receipts)
+            assert (await rig.finished(hurried(rig, 1.0))).token_ids == answer_to(PROMPT, 6)
+
+    simulate(main)
+
+
+def test_the_lowest_priority_is_refused_first_and_taken_again_when_the_queue_is_shorter() -> None:
+    async def main() -> None:
+        shares = AdmissionConfig(low_share=0.5, normal_share=0.7, high_share=0.9)
+        async with Rig(admission=shares) as rig:
+            await read_enough(rig)
+
+            def outcomes(deadline_s: float) -> list[bool]:
+                taken: list[bool] = []
+                for priority in Priority:
+                    try:
+                        rig.orchestrator.abort([hurried(rig, deadline_s, priority)])
+                        taken.append(True)
+                    except PlacementRejected:
+                        taken.append(False)
+                return taken
+
+            queue = [rig.add([number, *OTHER_PROMPT], 1) for number in range(20)]
+            (view,) = rig.cluster.snapshot().prefill
+            full_s = (view.queued_tokens + len(PROMPT)) / view.prefill_tokens_per_s
+            assert outcomes(full_s / 0.45) == [True, True, True]
+            assert outcomes(full_s / 0.6) == [False, True, True]
+            assert outcomes(full_s / 0.8) == [False, False, True]
+            assert outcomes(full_s / 0.95) == [False, False, False]
+            for request_id in queue:
+                await rig.finished(request_id)
+            assert outcomes(full_s / 0.95) == [True, True, True]
+
+    simulate(main)
+
+
+def test_the_prediction_is_in_the_receipt_and_near_what_came() -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            await read_enough(rig)
+            queue = [rig.add([number, *OTHER_PROMPT], 1, resumable=True) for number in range(20)]
+            request_id = rig.add(PROMPT, 6, resumable=True)
+            for other in (*queue, request_id):
+                await rig.finished(other)
+            receipt = rig.receipt(request_id)
+            assert receipt.admission is not None
+            assert receipt.outcome.ttft_ms == pytest.approx(1000 * receipt.admission.predicted_ttft_s, rel=0.3)
+
+    simulate(main)
+
+
+def test_what_the_front_end_has_waited_counts_for_the_deadline() -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            group = rig.orchestrator.new_group("late", 1, received_s=now_s() - 5.0, hints=Hints(ttft_deadline_s=6.0))
+            with pytest.raises(PlacementRejected, match="5 s, is above"):
+                rig.add(PROMPT, 6, group)
+
+    simulate(main)
+
+
+def test_without_prefill_replicas_decode_reads_and_the_placement_is_degraded() -> None:
+    async def main() -> None:
+        async with Rig() as rig, Rig(prefill=0) as alone:
+            assert not (await rig.ask(PROMPT))[1].placement.degraded
+            rig.engines["prefill-0"].die()
+            await until(lambda: not rig.cluster.snapshot().prefill, "the loss to be noticed")
+            answer, receipt = await rig.ask(OTHER_PROMPT)
+            assert answer.token_ids == answer_to(OTHER_PROMPT, 6)
+            assert (receipt.placement.prefill, receipt.placement.degraded) == (None, True)
+            assert not (await alone.ask(PROMPT))[1].placement.degraded
+
+    simulate(main)
+
+
+def test_a_cluster_without_decode_replicas_serves_again_when_one_joins() -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            rig.engines["decode-0"].die()
+            await until(lambda: not rig.cluster.snapshot().decode, "the loss to be noticed")
+            with pytest.raises(PlacementRejected) as caught:
+                rig.add(PROMPT)
+            rejection = caught.value.rejection
+            assert (rejection.status, rejection.retry_after_s, rejection.cause) == (503, 5, Cause.NO_DECODE)
+            rig.transport.add(rig.new_worker(Phase.DECODE, "decode-1"))
+            await rig.ready("decode-1")
+            assert (await rig.ask(PROMPT))[0].token_ids == answer_to(PROMPT, 6)
 
     simulate(main)
 

@@ -1,13 +1,15 @@
 """Placement policies: who is chosen, why, and that the same inputs choose the same."""
 
 import random
+from dataclasses import replace
 
 import msgspec
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.routing.policies import least_tokens, place
-from gateway.routing.types import ClusterSnapshot, Placement, Rejection, ReplicaView, RequestView
+from gateway.routing.types import Cause, ClusterSnapshot, Placement, Rejection, ReplicaView, RequestView
 
 REQUEST = RequestView("r", num_prompt_tokens=100, max_tokens=10)
 WHOLE = RequestView("r", num_prompt_tokens=100, max_tokens=10, needs_whole_prompt=True)
@@ -44,6 +46,14 @@ def test_without_prefill_replicas_decode_reads_the_prompt() -> None:
     assert placement.reason == "decode reads the prompt itself: no prefill replica is available"
 
 
+@pytest.mark.parametrize("expects_prefill", [True, False])
+def test_a_placement_without_prefill_is_degraded_only_where_there_should_be_prefill(expects_prefill: bool) -> None:
+    empty = ClusterSnapshot(prefill=(), decode=views(d0=1), expects_prefill=expects_prefill)
+    assert placed(REQUEST, empty).degraded is expects_prefill
+    assert not placed(WHOLE, empty).degraded
+    assert not placed(REQUEST, replace(empty, prefill=views(p0=1))).degraded
+
+
 def test_a_request_that_needs_its_whole_prompt_is_not_split() -> None:
     placement = placed(WHOLE, ClusterSnapshot(prefill=views(p0=0), decode=views(d0=1)))
     assert (placement.prefill, placement.decode) == (None, "d0")
@@ -52,7 +62,8 @@ def test_a_request_that_needs_its_whole_prompt_is_not_split() -> None:
 
 def test_without_decode_replicas_there_is_no_placement() -> None:
     snapshot = ClusterSnapshot(prefill=views(p0=0), decode=())
-    assert place(least_tokens, REQUEST, snapshot, 0) == Rejection(503, "no decode replica is available", 5)
+    expected = Rejection(503, "no decode replica is available", 5, Cause.NO_DECODE)
+    assert place(least_tokens, REQUEST, snapshot, 0) == expected
 
 
 pools = st.dictionaries(st.sampled_from(["a", "b", "c", "d"]), st.integers(0, 2))

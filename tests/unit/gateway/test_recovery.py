@@ -357,7 +357,7 @@ def test_an_engine_that_falls_silent_is_put_out() -> None:
 
 def test_a_gateway_that_did_not_run_itself_blames_no_worker() -> None:
     async def main() -> None:
-        async with Rig() as rig:
+        async with Rig(engine_timeout_s=1000.0) as rig:
             request_id = rig.add(PROMPT, LENGTH)
             await rig.writing(request_id)
             loop: Any = asyncio.get_running_loop()

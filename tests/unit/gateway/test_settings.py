@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from gateway.routing.admission import AdmissionConfig
 from gateway.settings import ConfigError, load
 
 GOOD = """
@@ -117,6 +118,22 @@ def test_the_environment_gives_way_to_the_command_line(config: Path, monkeypatch
 def test_a_bad_value_of_the_environment_is_refused_readably(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BATON_GATEWAY__PORT", "many")
     assert "gateway.port: " in refusal(config)
+
+
+@pytest.mark.parametrize(
+    ("admission", "says"),
+    [
+        ("{low_share: 0.8}", "must grow in this order"),
+        ("{high_share: 1.5}", "admission.high_share: "),
+        ("{ttft_deadline_s: 0}", "admission.ttft_deadline_s: "),
+    ],
+)
+def test_an_admission_that_cannot_be_is_refused(tmp_path: Path, admission: str, says: str) -> None:
+    assert says in refusal(written(tmp_path, GOOD + f"admission: {admission}\n"))
+
+
+def test_the_defaults_of_admission_are_those_of_the_deciding_code(config: Path) -> None:
+    assert AdmissionConfig(**load(config).admission.model_dump()) == AdmissionConfig()
 
 
 def test_settings_cannot_be_changed(config: Path) -> None:
