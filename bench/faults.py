@@ -465,7 +465,8 @@ class Experiment:
         self.cold_start_s = await self._cold_start()
         try:
             for number, case in enumerate(todo, 1):
-                result = await self._run_case(case)
+                site, logs = await self._well_site(), self._folder / f"{case.name}-logs"
+                result = await run_case(site, case, self.cold_start_s, self._git_commit, logs)
                 self.results[case.name] = result
                 write_result(self._folder, result)
                 verdict = "[green]ok[/]" if result.is_good else f"[red]{escape('; '.join(result.problems))}[/]"
@@ -504,44 +505,47 @@ class Experiment:
         await site.start()
         return site
 
-    async def _run_case(self, case: Case) -> CaseResult:
-        assert self.cold_start_s is not None
-        site = await self._well_site()
-        began_s, started_at = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
-        seed, limit_s = secrets.token_hex(4), whole_limit_s(case, self.cold_start_s)
-        observed = Observed("", (), None, "", None, "", None, "", "")
-        reports: list[AnswerReport] = []
-        hit: bool | None = None
-        try:
-            async with connections() as http:
-                seen = await CaseRun(site, case, seed, http).run()
-        except StageFailed as error:
-            found = (f"the moment did not come about: {error}",)
-            hit = False
-        else:
-            observed = seen.observed
-            reports = judge_answers(case, seen.answers, seen.references, seen.receipts, observed.struck)
-            found = problems(reports, observed, limit_s)
-            hit = state_hit(case, seen.receipts.get("target"))
-        if found:
-            site.keep_logs(self._folder / f"{case.name}-logs")
-        return CaseResult(
-            name=case.name,
-            victim=case.victim,
-            blow=case.blow,
-            moment=case.moment,
-            kind=case.kind,
-            rows=tuple(sorted(rows(case))),
-            seed=seed,
-            started_at=started_at,
-            git_commit=self._git_commit,
-            took_s=round(time.monotonic() - began_s, 1),
-            state_hit=hit,
-            whole_limit_s=limit_s,
-            observed=observed,
-            answers=tuple(reports),
-            problems=found,
-        )
+
+async def run_case(
+    site: Site, case: Case, cold_start_s: float | None = None, git_commit: str = "", logs: Path | None = None
+) -> CaseResult:
+    """Runs one case on a run that is whole and idle. Without a cold start's time the run may take any time to be whole
+    again. Logs of a case that is not good are kept in `logs`."""
+    began_s, started_at = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
+    seed = secrets.token_hex(4)
+    limit_s = None if cold_start_s is None else whole_limit_s(case, cold_start_s)
+    observed = Observed("", (), None, "", None, "", None, "", "")
+    reports: list[AnswerReport] = []
+    hit: bool | None = False
+    try:
+        async with connections() as http:
+            seen = await CaseRun(site, case, seed, http).run()
+    except StageFailed as error:
+        found = (f"the moment did not come about: {error}",)
+    else:
+        observed = seen.observed
+        reports = judge_answers(case, seen.answers, seen.references, seen.receipts, observed.struck)
+        found = problems(reports, observed, limit_s)
+        hit = state_hit(case, seen.receipts.get("target"))
+    if found and logs is not None:
+        site.keep_logs(logs)
+    return CaseResult(
+        name=case.name,
+        victim=case.victim,
+        blow=case.blow,
+        moment=case.moment,
+        kind=case.kind,
+        rows=tuple(sorted(rows(case))),
+        seed=seed,
+        started_at=started_at,
+        git_commit=git_commit,
+        took_s=round(time.monotonic() - began_s, 1),
+        state_hit=hit,
+        whole_limit_s=limit_s,
+        observed=observed,
+        answers=tuple(reports),
+        problems=found,
+    )
 
 
 def read_result(folder: Path, case: Case) -> CaseResult | None:
