@@ -18,8 +18,8 @@ SHORT_PROMPT_TOKENS = 48
 LONG_PROMPT_TOKENS = 6000
 """Some seconds of prefill on a shared core: long enough to be met there."""
 
-ANSWER_TOKENS = 320
-"""Some ten seconds on shared cores: long enough to be met in mid-stream."""
+ANSWER_TOKENS = 1000
+"""Some seconds on shared cores: long enough to be met in mid-stream."""
 
 LATE_TOKENS = 24
 LONG_ANSWER_TOKENS = 64

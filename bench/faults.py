@@ -38,8 +38,7 @@ from bench.fault_site import POLL_S, Site, measure_cold_start_s, wait_for
 from bench.fault_view import Views, held_by_gateway, in_flight, load_of, not_empty, replicas_of, rise
 from gateway.settings import Settings
 
-BEGIN_TIMEOUT_S = 60.0
-STAGE_TIMEOUT_S = 60.0
+STAGE_TIMEOUT_S = 30.0
 MID_STREAM_TOKENS = 8
 ANSWERS_TIMEOUT_S = 200.0
 STOPPED_S = 10.0
@@ -260,8 +259,15 @@ class CaseRun:
             if holds:
                 return
             if time.monotonic() > deadline_s:
-                raise StageFailed(f"not within {STAGE_TIMEOUT_S:g} s: {what}")
+                raise StageFailed(f"not within {STAGE_TIMEOUT_S:g} s: {what}; {await self._situation()}")
             await asyncio.sleep(POLL_S)
+
+    async def _situation(self) -> str:
+        """For a message: where the target was taken to be, and what every engine has."""
+        views, stage = await self._site.views(), self._stage
+        loads = {replica: load_of(views, replica) for replica in replicas_of(views)}
+        target = stage.target.answer if stage.target else None
+        return f"placed on {stage.prefill}, {stage.decode}, {stage.gateway}; target {target}; engines {loads}"
 
     # -- the blow
 
