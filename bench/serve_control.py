@@ -48,6 +48,11 @@ class ServeControl:
         """Returns when Serve has been told; it takes its time."""
         self._ask("scale", deployment, num_replicas)
 
+    def update(self, settings_file: Path, simulation: dict[str, Any]) -> None:
+        """Deploys the run's application anew, with other settings of the simulated engines: every replica of every
+        deployment is replaced. Returns when Serve has been told; it takes its time."""
+        self._ask("update", str(settings_file), simulation)
+
     def close(self) -> None:
         """May be repeated."""
         self._process.kill()
@@ -73,9 +78,13 @@ def _processes(pids: Iterable[int]) -> Iterator[tuple[psutil.Process, list[str]]
 
 def main(address: str) -> None:
     import ray
+    from ray import serve
     from ray.serve._private.common import DeploymentID
     from ray.serve.context import _get_global_client
     from ray.serve.schema import ServeInstanceDetails
+
+    from gateway.app import build
+    from gateway.settings import Settings
 
     ray.init(address, log_to_driver=False, configure_logging=False, namespace="serve")
     client = _get_global_client()
@@ -91,7 +100,14 @@ def main(address: str) -> None:
     def scale(deployment: str, num_replicas: int) -> None:
         ray.get(controller.update_deployment_replicas.remote(DeploymentID(deployment, APP_NAME), num_replicas))
 
-    commands = {"pids": pids, "scale": scale}
+    def update(settings_file: str, simulation: dict[str, Any]) -> None:
+        settings = Settings.model_validate_json(Path(settings_file).read_text())
+        assert settings.simulation is not None
+        changed = settings.model_copy(update={"simulation": settings.simulation.model_copy(update=simulation)})
+        target = serve.RunTarget(target=build(changed), name=APP_NAME, route_prefix="/", external_scaler_enabled=True)
+        serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+
+    commands = {"pids": pids, "scale": scale, "update": update}
     for line in sys.stdin:
         command, *arguments = json.loads(line)
         print(json.dumps(commands[command](*arguments)), flush=True)

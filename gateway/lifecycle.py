@@ -290,6 +290,11 @@ def _while_prefilling(state: SequenceState, event: Event) -> Transition:
             return replace(state, stage=Stage.DONE), (AbortOn(state.prefill),)
         case Deadline():
             what = f"prefill on {state.prefill} took too long"
+            if any(fault.kind is FaultKind.PREFILL_SLOW for fault in state.faults):
+                # All of the pool is slow: one more queue would not be shorter.
+                state = _with_fault(state, FaultKind.PREFILL_SLOW, what, "decode reads the prompt itself")
+                submitted, actions = _decode(state, None)
+                return submitted, (AbortOn(state.prefill), *actions)
             return _again(state, FaultKind.PREFILL_SLOW, what, state.prefill, (AbortOn(state.prefill),))
         case SubmitFailed(state.prefill, refused=True) as refusal:
             state = _with_fault(state, FaultKind.PREFILL_FAILED, _words(refusal), "decode reads the prompt itself")

@@ -229,6 +229,14 @@ def test_a_fault_says_whether_the_client_had_tokens_and_what_becomes_of_them(wri
     assert str(fault) == f"d was lost: {'goes on elsewhere' if resumable else 'begun again elsewhere and compared'}"
 
 
+def test_a_prompt_that_no_prefill_replica_reads_in_time_is_left_to_decode() -> None:
+    state, _ = advance(PREFILLING, Deadline())
+    state, _ = advance(state, Placed("p2", "d2"))
+    state, actions = advance(state, Deadline())
+    assert (state.stage, actions) == (Stage.DECODING, (AbortOn("p2"), SubmitDecode("d2", None)))
+    assert [fault.done for fault in state.faults] == ["placed again", "decode reads the prompt itself"]
+
+
 def test_an_unfetched_hand_off_is_given_back_when_the_decode_replica_is_dead() -> None:
     for event in (ReplicaLost("d", is_dead=True), SubmitFailed("d", "gone", is_dead=True)):
         assert advance(FETCHING, event)[1] == (Release(HANDOFF), *LOST_D)
