@@ -124,11 +124,6 @@ class Case:
     def is_signal(self) -> bool:
         return self.blow in SIGNALS
 
-    @property
-    def may_break_connections(self) -> bool:
-        """Whether the clients of what is struck may see it: a front door's connections end with it."""
-        return self.victim in (Victim.GATEWAY, Victim.HAPROXY)
-
 
 def covering(many: Sequence[A], more: Sequence[B], few: Sequence[C]) -> list[tuple[A, B, C]]:
     """Triples that hold every pair of two values of different factors, in as few as can be: each (many, more) once.
