@@ -28,7 +28,8 @@ class Ledger:
 
     @property
     def in_flight(self) -> InFlight:
-        return InFlight(len(self._requests), self.num_queued_tokens + self.num_running_tokens)
+        num_tokens = self.num_queued_tokens + self.num_running_tokens
+        return InFlight(len(self._requests), num_tokens, self.num_queued_tokens)
 
     def began(self, request_id: str, num_prompt_tokens: int) -> None:
         self.ended(request_id)

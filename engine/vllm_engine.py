@@ -206,6 +206,7 @@ class VllmEngine:
             num_kv_blocks=cache.num_gpu_blocks or 0,
             kv_block_bytes=_kv_block_bytes(model, parallel, cache),
             pids=pids,
+            max_num_seqs=vllm_config.scheduler_config.max_num_seqs,
         )
         return client, info
 

@@ -135,7 +135,8 @@ class GatewaySettings(Section):
 
 
 class RuntimeSettings(Section):
-    """The local Ray runtime that `baton serve` starts; unused on an existing cluster."""
+    """How a run starts and stays whole. `ray_address`, `num_cpus`, `object_store_mb` and `demo_prompt` are for the
+    local Ray that `baton serve` starts, and unused on an existing cluster."""
 
     ray_address: str | None = Field(
         default=None, description="existing Ray cluster; default: start one on this machine"
@@ -145,6 +146,9 @@ class RuntimeSettings(Section):
     )
     object_store_mb: PositiveInt = 128
     start_timeout_s: PositiveFloat = 300.0
+    replace_hung_engine_after_s: PositiveFloat = Field(
+        default=120.0, description="an engine that holds requests and tells nothing for so long is replaced"
+    )
     demo_prompt: str | None = "What is Baton?"
 
 

@@ -15,7 +15,7 @@ def tokens(ledger: Ledger) -> tuple[int, int]:
 def test_a_request_is_queued_until_its_first_token_and_grows_with_each() -> None:
     ledger = Ledger()
     ledger.began("r", 10)
-    assert tokens(ledger) == (10, 0)
+    assert (tokens(ledger), ledger.in_flight) == ((10, 0), InFlight(1, 10, 10))
     ledger.wrote("r", 0)
     assert tokens(ledger) == (10, 0)
     ledger.wrote("r", 1)
@@ -31,7 +31,7 @@ def test_a_request_that_begins_again_counts_once() -> None:
     ledger.began("r", 10)
     ledger.wrote("r", 5)
     ledger.began("r", 20)
-    assert (tokens(ledger), ledger.in_flight) == ((20, 0), InFlight(1, 20))
+    assert (tokens(ledger), ledger.in_flight) == ((20, 0), InFlight(1, 20, 20))
 
 
 events = st.lists(
@@ -56,7 +56,7 @@ def test_whatever_happens_tokens_are_the_sum_over_the_requests(happened: list[tu
         queued = sum(prompt for prompt, written in expected.values() if not written)
         running = sum(prompt + written for prompt, written in expected.values() if written)
         assert tokens(ledger) == (queued, running)
-        assert ledger.in_flight == InFlight(len(expected), queued + running)
+        assert ledger.in_flight == InFlight(len(expected), queued + running, queued)
 
 
 def test_the_prefill_rate_is_tokens_over_the_time_of_the_steps_that_read_prompts() -> None:

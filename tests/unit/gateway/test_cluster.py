@@ -191,7 +191,9 @@ def own(gateway: Gateway, replica_id: str) -> InFlight:
 
 
 def others(gateway: Gateway, replica_id: str) -> InFlight:
-    return replica_of(gateway.cluster, replica_id).others_in_flight
+    """Less the queued tokens, which a gateway does not count of its own requests."""
+    told = replica_of(gateway.cluster, replica_id).others_in_flight
+    return InFlight(told.num_requests, told.num_tokens)
 
 
 def test_each_gateway_sees_what_the_other_has_sent_within_a_report_interval() -> None:
