@@ -24,6 +24,7 @@ from engine.protocol import (
     PrefillFacts,
 )
 from engine.simulated import (
+    LONGEST_SILENCE_S,
     LatencyModel,
     SimulatedEngine,
     SimulatedEngineConfig,
@@ -429,6 +430,25 @@ def test_a_prompt_waits_in_line_until_its_blocks_are_free() -> None:
             await pair.decode_engine.release("r", handoff)
             await pair.prefill.finished(large)
             await pair.prefill.finished(small)
+
+    simulate(main)
+
+
+def test_an_engine_whose_requests_cannot_run_tells_of_itself_all_the_same() -> None:
+    async def main() -> None:
+        async with Pair(dataclasses.replace(CONFIG, num_kv_blocks=10, max_model_len=80)) as pair:
+            await pair.run_prefill(random_prompt(6 * B, 1))
+            waiting = await pair.submit(pair.prefill, Phase.PREFILL, random_prompt(5 * B, 2), 1)
+            await pair.prefill.load_where(lambda load: load.num_waiting_requests == 1, "it to wait")
+            for _ in range(20):
+                before_s = now_s()
+                await pair.prefill.next_step()
+                assert now_s() - before_s <= LONGEST_SILENCE_S + 1e-6
+            assert not pair.prefill.answers.get(waiting)
+            await pair.prefill.finished(waiting)
+            num_told = len(pair.prefill.steps)
+            await asyncio.sleep(CONFIG.lease_s / 2)
+            assert len(pair.prefill.steps) == num_told, "an idle engine has nothing to tell"
 
     simulate(main)
 
