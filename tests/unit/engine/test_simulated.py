@@ -724,17 +724,16 @@ def test_an_engine_that_hangs_tells_nothing_until_it_goes_on(hangs_while: str) -
     async def main() -> None:
         async with Pair() as pair:
             prompt = random_prompt(20, 1)
+            request_id = ""
             if hangs_while == "it computes":
                 request_id = await pair.submit(pair.decode, Phase.DECODE, prompt, 6)
                 await pair.decode.started(request_id, 2)
-                pair.decode_engine.hang()
-            else:
-                pair.decode_engine.hang()
-                request_id = await pair.submit(pair.decode, Phase.DECODE, prompt, 6)
+            pair.decode_engine.hang()
             num_told = len(pair.decode.steps)
-            await asyncio.sleep(100.0)
             aborted = await pair.submit(pair.decode, Phase.DECODE, prompt, 6)
             await pair.decode_engine.abort([aborted])
+            await asyncio.sleep(100.0)
+            request_id = request_id or await pair.submit(pair.decode, Phase.DECODE, prompt, 6)
             await asyncio.sleep(100.0)
             assert len(pair.decode.steps) == num_told
             pair.decode_engine.go_on()
