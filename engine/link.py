@@ -34,9 +34,6 @@ MAX_TICKETS = 1024
 MAX_WAITING_CALLS = 1024
 """Calls of one link that wait for the one before; while there are more, the link is not read."""
 
-SEND_TIMEOUT_S = 30.0
-"""Whoever reads nothing for so long is gone."""
-
 # A peer whose machine has vanished is given up this long after it last answered: 1 s of silence, then a probe a second.
 KEEPALIVE = ((socket.TCP_KEEPIDLE, 1), (socket.TCP_KEEPINTVL, 1), (socket.TCP_KEEPCNT, 2))
 UNACKNOWLEDGED_MS = 3000
@@ -105,7 +102,8 @@ class LinkBroken(ConnectionError):
 
 
 class Frames:
-    """The messages of one connection. Sending waits while the other side does not read, up to SEND_TIMEOUT_S."""
+    """The messages of one connection. Sending waits while the other side does not read: once it has left no room for
+    UNACKNOWLEDGED_MS, the kernel breaks the connection."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
         self._reader = reader
@@ -131,13 +129,7 @@ class Frames:
         """Raises LinkBroken."""
         try:
             self._writer.write(HEADER.pack(len(message)) + message)
-            if self._writer.transport.get_write_buffer_size():
-                async with asyncio.timeout(SEND_TIMEOUT_S):
-                    await self._writer.drain()
-            else:
-                await self._writer.drain()
-        except TimeoutError as error:
-            raise LinkBroken(f"the other side has read nothing for {SEND_TIMEOUT_S:g} s") from error
+            await self._writer.drain()
         except (ConnectionResetError, BrokenPipeError) as error:
             raise LinkBroken(str(error) or type(error).__name__, peer_ended=True) from error
         except OSError as error:

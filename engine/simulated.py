@@ -223,6 +223,8 @@ class SimulatedEngine:
         self._is_step_due = False
         self._gone: str | None = None
         self._wake = asyncio.Event()
+        self._goes_on = asyncio.Event()
+        self._goes_on.set()
         self._news = asyncio.Event()
         self._block_news = asyncio.Event()
         self._loop = asyncio.get_running_loop()
@@ -297,6 +299,13 @@ class SimulatedEngine:
         """Simulates the death of the engine's processes, in the middle of whatever it does."""
         self._end("died")
 
+    def hang(self) -> None:
+        """Simulates an engine that takes calls, and does and tells nothing until `go_on`."""
+        self._goes_on.clear()
+
+    def go_on(self) -> None:
+        self._goes_on.set()
+
     def lose_block_changes(self) -> None:
         """Simulates cache events that are lost for good: whatever was told of blocks does not hold any more."""
         self._pool.forget_told()
@@ -327,6 +336,7 @@ class SimulatedEngine:
     async def _run(self) -> None:
         try:
             while True:
+                await self._goes_on.wait()
                 self._wake.clear()
                 self._expire_leases()
                 self._finish_pulls()
@@ -335,6 +345,7 @@ class SimulatedEngine:
                     num_decodes = sum(num_tokens == 1 for _, num_tokens in batch)
                     duration_s = self._config.latency.step_s(num_prefill_tokens, num_decodes)
                     await asyncio.sleep(duration_s)
+                    await self._goes_on.wait()
                     self._pace.stepped(duration_s, num_prefill_tokens)
                     for sequence, num_tokens in batch:
                         if self._live.get(sequence.request.request_id) is sequence:

@@ -153,7 +153,7 @@ async def test_a_gateway_that_vanishes_is_noticed_although_a_call_is_stuck(stage
 
 
 async def test_a_gateway_that_reads_nothing_for_long_is_gone(stage: Stage, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(link, "SEND_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(link, "UNACKNOWLEDGED_MS", 100)
     gateway = await stage.gateway("a")
     await gateway.send(Submit(1, request("r")))
     await gateway.next(Answer)
@@ -168,14 +168,24 @@ async def test_calls_that_a_dead_engine_cannot_answer_do_not_overtake_its_farewe
     gateway = await stage.gateway("a")
     gate = stage.engine.gate = asyncio.Event()
     stage.engine.refusal = EngineGoneError("not taken")
+    refused: list[str] = []
+    submit = stage.worker.submit
+
+    async def noted_submit(gateway_id: str, request: EngineRequest) -> None:
+        try:
+            await submit(gateway_id, request)
+        finally:
+            refused.append(request.request_id)
+
+    stage.worker.submit = noted_submit
     await gateway.send(Submit(1, request("r1")))
     await gateway.send(Submit(2, request("r2")))
     await until(lambda: stage.worker.num_requests == 1)
     await stage.engine.fail(EngineGoneError("the engine is dead"))
     gate.set()
-    await until(lambda: stage.worker.num_requests == 0)
-    assert (await gateway.next(Farewell)).reason == "the engine is dead"
+    await until(lambda: refused == ["r1", "r2"])
     assert stage.server.gateway_ids == ["a"]
+    assert (await gateway.next(Farewell)).reason == "the engine is dead"
 
 
 async def test_the_death_of_the_engine_is_told_with_its_reason(stage: Stage):
@@ -184,7 +194,8 @@ async def test_the_death_of_the_engine_is_told_with_its_reason(stage: Stage):
     assert (await gateway.next(Farewell)).reason == "the engine is dead"
 
 
-async def test_a_worker_that_stops_ends_its_links(stage: Stage):
+async def test_a_worker_that_stops_ends_its_links_without_noise(stage: Stage, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(link, "HELLO_TIMEOUT_S", 3600.0)
     gateway = await stage.gateway("a")
     noise: list[dict[str, Any]] = []
     loop = asyncio.get_running_loop()
@@ -192,11 +203,11 @@ async def test_a_worker_that_stops_ends_its_links(stage: Stage):
     try:
         stranger, mute = await asyncio.open_connection(HOST, stage.server.ticket("b").port)
         await until(lambda: stage.server.num_strangers == 1)
-        await stage.server.close()
-        await gateway.ended()
         async with asyncio.timeout(PATIENCE_S):
+            await stage.server.close()
             with contextlib.suppress(ConnectionResetError):
                 assert await stranger.read() == b""
+        await gateway.ended()
         mute.close()
         await asyncio.sleep(0)
     finally:

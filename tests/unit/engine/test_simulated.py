@@ -719,6 +719,43 @@ def test_death_ends_the_steps_and_refuses_further_calls() -> None:
     simulate(main)
 
 
+@pytest.mark.parametrize("hangs_while", ["it computes", "it rests"])
+def test_an_engine_that_hangs_tells_nothing_until_it_goes_on(hangs_while: str) -> None:
+    async def main() -> None:
+        async with Pair() as pair:
+            prompt = random_prompt(20, 1)
+            request_id = ""
+            if hangs_while == "it computes":
+                request_id = await pair.submit(pair.decode, Phase.DECODE, prompt, 6)
+                await pair.decode.started(request_id, 2)
+            pair.decode_engine.hang()
+            num_told = len(pair.decode.steps)
+            aborted = await pair.submit(pair.decode, Phase.DECODE, prompt, 6)
+            await pair.decode_engine.abort([aborted])
+            await asyncio.sleep(100.0)
+            request_id = request_id or await pair.submit(pair.decode, Phase.DECODE, prompt, 6)
+            await asyncio.sleep(100.0)
+            assert len(pair.decode.steps) == num_told
+            pair.decode_engine.go_on()
+            answer = await pair.decode.finished(request_id)
+            assert answer.token_ids == expected_answer(CONFIG, prompt, 6)
+            await pair.decode.idle()
+
+    simulate(main)
+
+
+def test_an_engine_that_hangs_can_die() -> None:
+    async def main() -> None:
+        async with Pair() as pair:
+            request_id = await pair.submit(pair.decode, Phase.DECODE, random_prompt(20, 1), 6)
+            pair.decode_engine.hang()
+            pair.decode_engine.die()
+            with pytest.raises(AssertionError, match="the engine failed"):
+                await pair.decode.finished(request_id)
+
+    simulate(main)
+
+
 def test_a_reader_that_waits_is_told_of_the_end() -> None:
     async def main() -> None:
         engine = SimulatedEngine("alone", CONFIG, SimulatedFabric())
