@@ -117,6 +117,7 @@ def test_info_says_that_the_engine_is_simulated() -> None:
             info = pair.decode_engine.info
             assert info.kind == "simulated"
             assert (info.block_size_tokens, info.num_kv_blocks, info.pids) == (B, 64, [])
+            assert info.max_num_seqs == CONFIG.max_num_seqs
 
     simulate(main)
 
