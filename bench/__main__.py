@@ -1,4 +1,4 @@
-"""Owns the command line of the benchmarks: `python -m bench overhead | overload | streams`."""
+"""Owns the command line of the benchmarks: `python -m bench overhead | overload | streams | faults`."""
 
 import signal
 from collections.abc import Callable
@@ -7,6 +7,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
+import msgspec
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -77,6 +78,7 @@ PRESETS = {
     (EngineKind.SIMULATED, True): replace(SIMULATED_FULL, rounds=1, cell_seconds=10.0),
 }
 DEFAULT_CONFIGS = {EngineKind.VLLM: Path("configs/local.yaml"), EngineKind.SIMULATED: Path("configs/simulated.yaml")}
+FAULTS_CONFIG = Path("configs/faults.yaml")
 INTERRUPTED = 130
 WIDTH_WITHOUT_TERMINAL = 180
 
@@ -361,6 +363,78 @@ def overload(
     if not report.complete and not start_failed:
         raise typer.Exit(INTERRUPTED)
     if missed or start_failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def faults(
+    cases: Annotated[
+        str, typer.Option(help="Patterns of cases' names, comma-separated, e.g. 'decode-*-kill-*'; default: all.")
+    ] = "",
+    results: Annotated[Path, typer.Option(help="One JSON file per case; a case that has one is not run again.")] = Path(
+        "fault-results"
+    ),
+    again: Annotated[bool, typer.Option("--again", help="Run cases that have a result as well.")] = False,
+    config: Annotated[Path, typer.Option(help="Real engines in both pools.")] = FAULTS_CONFIG,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything that was seen here.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A few minutes: four cases.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Exit 1 where a target is missed.")] = False,
+) -> None:
+    """Kill and stop real processes of a run with real engines while clients stream, and see what becomes of both."""
+    console = _console()
+    import asyncio
+
+    from bench.fault_cases import QUICK as QUICK_CASES
+    from bench.fault_cases import all_cases, chosen
+    from bench.fault_report import FaultsReport, checks, table
+    from bench.faults import Experiment as FaultsExperiment
+
+    patterns = _names(cases) or (QUICK_CASES if quick else ())
+    planned = chosen(all_cases(), patterns)
+    if not planned:
+        _fail(f"no case is called {cases!r}; names are like {all_cases()[0].name}")
+    try:
+        settings = load(config)
+    except ConfigError as error:
+        _fail(str(error))
+    if settings.simulation is not None or not settings.pools.prefill.replicas:
+        _fail(f"{config} must have real engines in both pools; use {FAULTS_CONFIG}")
+    healed = processes.heal(base_dir())
+    if healed:
+        console.print(escape(str(healed)))
+    setting = gather_setting()
+    experiment = FaultsExperiment(config, settings, results, planned, again, setting.git_commit, console.print)
+    interrupt = _InterruptOnce()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupt)
+    complete = False
+    start_failed = False
+    try:
+        asyncio.run(experiment.run())
+        complete = True
+    except (StartFailed, TimeoutError, RuntimeError) as error:
+        start_failed = True
+        tail = error.log_tail if isinstance(error, StartFailed) else ""
+        console.print(f"[bold red]does not start:[/] {escape(str(error))}\n{escape(tail)}", soft_wrap=True)
+    except KeyboardInterrupt:
+        console.print("[yellow]interrupted; everything that was started is stopped, and what is done is kept[/]")
+    done = tuple(experiment.results[case.name] for case in planned if case.name in experiment.results)
+    report = FaultsReport(
+        complete, str(config), experiment.cold_start_s, tuple(case.name for case in planned), done, setting
+    )
+    if json_file is not None:
+        json_file.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1))
+    console.print(table(done))
+    missed = 0
+    if check:
+        for line in checks(report, all_cases(), is_quick=quick or bool(cases)):
+            console.print(line.line(), soft_wrap=True)
+            missed += not line.is_met
+    if start_failed:
+        raise typer.Exit(1)
+    if not complete:
+        raise typer.Exit(INTERRUPTED)
+    if missed:
         raise typer.Exit(1)
 
 

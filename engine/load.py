@@ -26,6 +26,9 @@ class Ledger:
         self.num_running_tokens = 0
         self._requests: dict[str, _Request] = {}
 
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._requests
+
     @property
     def in_flight(self) -> InFlight:
         num_tokens = self.num_queued_tokens + self.num_running_tokens

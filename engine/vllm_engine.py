@@ -25,6 +25,7 @@ from vllm.v1.engine import (
     EngineCoreOutputs,
     EngineCoreRequest,
 )
+from vllm.v1.engine import FinishReason as CoreFinishReason
 from vllm.v1.engine.core_client import AsyncMPClient, EngineCoreClient
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor import Executor
@@ -248,6 +249,11 @@ class VllmEngine:
             except EngineDeadError as error:
                 self._outputs.close()
                 raise EngineGoneError(self._gone()) from error
+            if self._gives_up(outputs):
+                self._outputs.close()
+                raise EngineGoneError(
+                    f"the vLLM engine of replica {self._config.replica_id} ends itself and has given up its requests"
+                )
             yield self._step(outputs)
 
     def block_changes(self) -> AsyncIterator[BlockChanges]:
@@ -257,6 +263,14 @@ class VllmEngine:
         self._events.close()
         self._outputs.close()
         await asyncio.to_thread(self._client.shutdown, 5.0)
+
+    def _gives_up(self, outputs: EngineCoreOutputs) -> bool:
+        """Whether requests end that nobody has aborted: an EngineCore that gets SIGTERM tells so of all it holds, as if
+        their clients had gone, before it exits."""
+        return any(
+            output.finish_reason is CoreFinishReason.ABORT and output.request_id in self._ledger
+            for output in outputs.outputs
+        )
 
     def _gone(self) -> str:
         return f"the vLLM engine of replica {self._config.replica_id} is dead; its log says why"

@@ -89,3 +89,11 @@ def test_a_recent_ratio_is_of_sums_and_forgets() -> None:
     recent.add(7.0)
     recent.add(9.0)
     assert recent.ratio == pytest.approx(8.0)
+
+
+def test_a_ledger_knows_whom_it_holds() -> None:
+    ledger = Ledger()
+    ledger.began("r", 10)
+    assert "r" in ledger
+    ledger.ended("r")
+    assert "r" not in ledger

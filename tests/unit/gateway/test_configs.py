@@ -24,7 +24,7 @@ def config(name: str) -> Settings:
 
 
 def test_the_configurations_that_ship_are_known_here() -> None:
-    assert NAMES == ["aggregated.yaml", "gpu.yaml", "local-2p2d.yaml", "local.yaml", "simulated.yaml"]
+    assert NAMES == ["aggregated.yaml", "faults.yaml", "gpu.yaml", "local-2p2d.yaml", "local.yaml", "simulated.yaml"]
 
 
 @pytest.mark.parametrize("name", NAMES)
