@@ -353,6 +353,8 @@ def overload(
         write_overload_json(report, json_file)
     if report.scenarios or report.live:
         console.print(table(report))
+    for error in report.live.errors if report.live else ():
+        console.print(f"[red]failed:[/] {escape(error)}", soft_wrap=True)
     missed = 0
     if check:
         for target in targets(engine):

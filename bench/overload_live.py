@@ -168,7 +168,7 @@ class LiveOverload:
                 status = response.status
                 if status in (429, 503):
                     return _refused(sent_s, priority, streams, status, response.headers, data)
-                if status == 200 and (not streams or data.rstrip().endswith(b"[DONE]")) and b'"error"' not in data:
+                if status == 200 and (not streams or data.rstrip().endswith(b"[DONE]")) and b'"error":' not in data:
                     ttft_s = first_s - sent_s if streams and first_s is not None else None
                     return Asked(sent_s, priority, 200, ttft_s, streams=streams)
                 self._errors[f"HTTP {status}: {data[-200:]!r}"] += 1

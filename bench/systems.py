@@ -99,12 +99,13 @@ class System(Protocol):
 
 @dataclass(frozen=True)
 class Command:
-    """One process to start. It is ready when `ready_url` answers 200."""
+    """One process to start. It is ready when `ready_url` answers 200 and it has printed `ready_text`."""
 
     name: str
     argv: list[str]
     env: dict[str, str]
     ready_url: str
+    ready_text: str = ""
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,8 @@ class LocalSystem:
                 if code is not None:
                     raise StartFailed(f"{self.name}: {command.name} ended with code {code}", self._tail(command))
                 try:
-                    if http.get(command.ready_url).status_code == httpx.codes.OK:
+                    answers = http.get(command.ready_url).status_code == httpx.codes.OK
+                    if answers and command.ready_text in self._log(command):
                         return
                 except httpx.TransportError:
                     pass
@@ -198,9 +200,11 @@ class LocalSystem:
         )
 
     def _tail(self, command: Command) -> str:
+        return "\n".join(self._log(command).splitlines()[-_LOG_TAIL_LINES:])
+
+    def _log(self, command: Command) -> str:
         assert self._folder is not None
-        lines = (self._folder / f"{command.name}.log").read_text(errors="replace").splitlines()
-        return "\n".join(lines[-_LOG_TAIL_LINES:])
+        return (self._folder / f"{command.name}.log").read_text(errors="replace")
 
 
 def bare(settings: Settings, folder: Path, is_equal: bool) -> Recipe:
@@ -257,10 +261,11 @@ def _routed(
 
 
 def baton(config: Path) -> Recipe:
-    """`baton serve` with the configuration as it is."""
+    """`baton serve` with the configuration as it is. It answers before all its pools are complete."""
     (port,) = free_ports(LOOPBACK)
     argv = [sys.executable, "-m", "gateway.cli", "serve", str(config.resolve()), "--no-demo", "--port", str(port)]
-    return Recipe(_url(port), ((Command("baton-serve", argv, dict(os.environ), f"{_url(port)}/v1/models"),),))
+    command = Command("baton-serve", argv, dict(os.environ), f"{_url(port)}/v1/models", "Ctrl-C stops it")
+    return Recipe(_url(port), ((command,),))
 
 
 SYSTEM_NAMES = ("bare", "router-stock", "router-equal", "baton", "bare-equal")

@@ -1,8 +1,10 @@
 """Owns what the Ray Serve deployments of both pools share: how a replica starts its engine and answers calls."""
 
 import asyncio
+import contextlib
 import gc
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -25,7 +27,8 @@ if TYPE_CHECKING:
 class EngineSpec:
     """What the replicas of one pool are started with; each replica adds its own id, node address and cores.
 
-    With `simulation` the engines are simulated, and of the rest only `model` counts: its tokenizer.
+    An engine that is silent for longer than `replace_after_s` (`Worker.check_engine`) is given up. With `simulation`
+    the engines are simulated, and of what vLLM's take only `model` counts: its tokenizer.
     """
 
     model: str
@@ -38,6 +41,7 @@ class EngineSpec:
     ucx_tls: str | None = None
     env: dict[str, str] = field(default_factory=dict)
     simulation: SimulatedEngineConfig | None = None
+    replace_after_s: float = 120.0
 
     def simulated_config(self) -> SimulatedEngineConfig:
         """With the vocabulary of the model's tokenizer. Raises ValueError when that cannot be used."""
@@ -82,11 +86,15 @@ def calm_garbage_collector() -> None:
     gc.set_threshold(*GC_THRESHOLDS)
 
 
+LAST_WORDS_S = 1.0
+"""How long a replica whose engine has died stays for gateways to read its farewell."""
+
+
 class WorkerReplica:
     """A Ray Serve replica around one worker. Subclasses name the worker's class.
 
     Serve starts it, tells gateways of it and stops it; what gateways and worker have to say to each other goes over
-    links of their own (`engine.link`).
+    links of their own (`engine.link`). When the engine dies or is given up, the replica's process ends itself.
     """
 
     worker_class: type[Worker]
@@ -94,10 +102,12 @@ class WorkerReplica:
     async def __init__(self, spec: EngineSpec) -> None:
         context = serve.get_replica_context()
         self._replica_id = context.replica_tag
+        self._replace_after_s = spec.replace_after_s
         host = ray.util.get_node_ip_address()
         engine = await self._start_engine(spec, context.rank.local_rank, host)
         self._worker = self.worker_class(self._replica_id, engine)
         self._links = await LinkServer.start(self._worker, host)
+        self._ending = asyncio.create_task(self._end_with_engine())
         calm_garbage_collector()
 
     async def _start_engine(self, spec: EngineSpec, rank: int, host: str) -> Engine:
@@ -123,8 +133,23 @@ class WorkerReplica:
         return msgspec.msgpack.encode(self._links.ticket(gateway_id))
 
     async def check_health(self) -> None:
-        if self._worker.failure:
-            raise self._worker.failure
+        """Raises EngineGoneError."""
+        self._worker.check_engine(self._replace_after_s)
+
+    async def _end_with_engine(self) -> None:
+        """Ends this process once the gateways know that its engine has died.
+
+        Serve replaces a process that is gone at its next health check, but a replica that fails them only at the
+        third; and it would let that one drain, though nothing can come from it, before it took back its resources.
+        Ray ends the processes that this one has started.
+        """
+        failure = await self._worker.failed()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LAST_WORDS_S):
+                await self._links.drained()
+        logging.getLogger("ray.serve").error("%s ends its process: %s", self._replica_id, failure)
+        logging.shutdown()
+        os._exit(1)
 
     async def __del__(self) -> None:
         # Serve waits for calls only, and bounds this with the drain's limit.

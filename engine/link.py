@@ -31,6 +31,8 @@ HELLO_TIMEOUT_S = 5.0
 FAREWELL_S = 5.0
 TICKET_LIFE_S = 30.0
 MAX_TICKETS = 1024
+MAX_WAITING_CALLS = 1024
+"""Calls of one link that wait for the one before; while there are more, the link is not read."""
 
 # A peer whose machine has vanished is given up this long after it last answered: 1 s of silence, then a probe a second.
 KEEPALIVE = ((socket.TCP_KEEPIDLE, 1), (socket.TCP_KEEPINTVL, 1), (socket.TCP_KEEPCNT, 2))
@@ -100,7 +102,8 @@ class LinkBroken(ConnectionError):
 
 
 class Frames:
-    """The messages of one connection. Sending waits while the other side does not read."""
+    """The messages of one connection. Sending waits while the other side does not read: once it has left no room for
+    UNACKNOWLEDGED_MS, the kernel breaks the connection."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
         self._reader = reader
@@ -151,6 +154,7 @@ class LinkServer:
         self._host = host
         self._guests: dict[bytes, _Guest] = {}
         self.num_strangers = 0
+        self._connections: set[asyncio.Task[None]] = set()
         self._links: dict[asyncio.Task[None], str] = {}
         self._all_gone = asyncio.Event()
         self._all_gone.set()
@@ -190,29 +194,27 @@ class LinkServer:
         """Ends all links."""
         if self._server is not None:
             self._server.close()
-        for task in self._links:
-            task.cancel()
-        await asyncio.gather(*self._links, return_exceptions=True)
+        connections = list(self._connections)
+        for connection in connections:
+            connection.cancel()
+        await asyncio.gather(*connections, return_exceptions=True)
 
-    async def _welcome(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def _welcome(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # Not a coroutine: asyncio would run it as a task of its own, and log an error when that is cancelled.
+        connection = asyncio.create_task(self._attend(reader, writer))
+        self._connections.add(connection)
+        connection.add_done_callback(self._connections.discard)
+
+    async def _attend(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         frames = Frames(reader, writer)
         try:
             gateway_id = await self._identify(frames)
         except (LinkBroken, TimeoutError, msgspec.DecodeError) as error:
             log.warning("a connection from %s was closed: %s", writer.get_extra_info("peername"), error or "it is mute")
-            frames.close()
-            return
-        task = asyncio.current_task()
-        assert task is not None
-        self._links[task] = gateway_id
-        self._all_gone.clear()
-        try:
+        else:
             await self._serve(gateway_id, frames)
         finally:
             frames.close()
-            del self._links[task]
-            if not self._links:
-                self._all_gone.set()
 
     async def _identify(self, frames: Frames) -> str:
         """The gateway whose ticket the connection shows. Raises LinkBroken, TimeoutError, msgspec.DecodeError."""
@@ -231,16 +233,25 @@ class LinkServer:
 
     async def _serve(self, gateway_id: str, frames: Frames) -> None:
         """Until either direction ends: then the gateway is gone from this worker, and its requests with it."""
+        connection = asyncio.current_task()
+        assert connection is not None
+        calls: asyncio.Queue[Call] = asyncio.Queue(MAX_WAITING_CALLS)
         directions = [
             asyncio.create_task(self._report(gateway_id, frames)),
-            asyncio.create_task(self._follow_calls(gateway_id, frames)),
+            asyncio.create_task(self._receive_calls(frames, calls)),
+            asyncio.create_task(self._perform_calls(gateway_id, frames, calls)),
         ]
+        self._links[connection] = gateway_id
+        self._all_gone.clear()
         try:
             await asyncio.wait(directions, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for direction in directions:
                 direction.cancel()
             results = await asyncio.gather(*directions, return_exceptions=True)
+            del self._links[connection]
+            if not self._links:
+                self._all_gone.set()
         for result in results:
             if isinstance(result, LinkBroken | EngineGoneError):
                 log.info("the link of %s ended: %s", gateway_id, result)
@@ -257,10 +268,15 @@ class LinkServer:
             # The gateway closes the link; this end's abort could overtake the farewell.
             await asyncio.sleep(FAREWELL_S)
 
-    async def _follow_calls(self, gateway_id: str, frames: Frames) -> None:
+    async def _receive_calls(self, frames: Frames, calls: asyncio.Queue[Call]) -> None:
+        """Reads ahead of what is performed: the end of the link must show although a call is stuck."""
+        while True:
+            await calls.put(self._calls.decode(await frames.receive()))
+
+    async def _perform_calls(self, gateway_id: str, frames: Frames, calls: asyncio.Queue[Call]) -> None:
         """One call after the other: an abort must not overtake the submission that it is for."""
         while True:
-            call: Call = self._calls.decode(await frames.receive())
+            call = await calls.get()
             refusal: str | None = None
             try:
                 match call:
@@ -272,6 +288,11 @@ class LinkServer:
                         await self._worker.release(request_id, handoff)
             except InvalidEngineRequestError as error:
                 refusal = str(error)
+            except EngineGoneError:
+                if self._worker.failure is None:
+                    raise
+                # The farewell is the answer.
+                continue
             await frames.send(self._encode(Answer(call.call, refusal)))
 
 

@@ -128,7 +128,7 @@ class EngineLoad(msgspec.Struct, frozen=True, array_like=True):
 class InFlight(msgspec.Struct, frozen=True, array_like=True):
     """Requests sent and not ended, and their tokens: prompts and what they have written so far.
 
-    `num_queued_tokens` of them are prompts of requests that have no token yet.
+    `num_queued_tokens` is the part of the tokens that belongs to requests which have not written yet.
     """
 
     num_requests: int = 0
@@ -149,7 +149,10 @@ class BlockChanges(msgspec.Struct, frozen=True, array_like=True):
 
 
 class EngineInfo(msgspec.Struct, frozen=True, array_like=True):
-    """What does not change while an engine lives. `max_num_seqs`: how many requests it runs at once; 0: unknown."""
+    """What does not change while an engine lives.
+
+    `max_num_seqs` is how many requests it computes at once; 0 where nobody knows.
+    """
 
     kind: str
     model: str
@@ -171,9 +174,13 @@ class EngineStep(msgspec.Struct, frozen=True):
 class WorkerReport(msgspec.Struct, frozen=True, array_like=True):
     """One message of a worker's report stream to one gateway. `sequence` counts from 0 on each stream.
 
+    A stream that lives brings one at least every `engine.reports.HEARTBEAT_S`, with or without news.
+
     `others_in_flight` is what the other gateways have on this worker. `blocks` are the changes of the engine's cached
     blocks since the report before: a snapshot in the first report, and whenever one is shorter than the changes.
-    `engine_silent_s`: for how long the engine has told nothing although it holds requests; 0 when it holds none.
+    `engine_silent_s` is for how long the engine has told nothing (`Engine.steps`) although it was to: since its last
+    step, or since it was given a request when it had none, whichever is later. 0.0 while it has nothing to tell. An
+    abort does not end a silence: an engine that hangs stays silent when its requests have been taken elsewhere.
     """
 
     replica_id: str
@@ -220,7 +227,11 @@ class Engine(Protocol):
         ...
 
     def steps(self) -> AsyncIterator[EngineStep]:
-        """Endless; raises EngineGoneError when the engine dies."""
+        """Endless; raises EngineGoneError when the engine dies.
+
+        While the engine holds requests it tells a step at least every second, unless one takes longer to compute: if
+        nothing else, its load. At least one follows the abort of a request that it holds.
+        """
         ...
 
     def block_changes(self) -> AsyncIterator[BlockChanges]:

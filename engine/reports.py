@@ -8,14 +8,13 @@ from engine.protocol import BlockChanges, EngineInfo, EngineLoad, InFlight, Phas
 
 LOAD_INTERVAL_S = 0.05
 HEARTBEAT_S = 1.0
-"""A report goes out at least so often: a gateway takes a worker that is silent for much longer for lost."""
 
 
 class Outbox:
     """What one gateway has yet to be told by one worker.
 
     Deltas leave at once and in order; changes of load, of what others have in flight and of cached blocks wait up to
-    LOAD_INTERVAL_S for company, and when nothing changes a heartbeat goes out after HEARTBEAT_S. A gateway that reads
+    LOAD_INTERVAL_S for company. Without any news a report leaves HEARTBEAT_S after the one before. A gateway that reads
     slowly gets fewer, larger reports. What is held for it is bounded by the tokens its own requests produce and by the
     blocks of the engine: changes of blocks are merged, and as soon as they outnumber the blocks that are held, it is
     sent all of those instead.
@@ -28,24 +27,26 @@ class Outbox:
         info: EngineInfo,
         load: EngineLoad,
         blocks: BlockMirror,
-        engine_silent_s: Callable[[], float] = lambda: 0.0,
+        engine_silent_s: Callable[[], float],
     ):
-        """`engine_silent_s` is asked for each report."""
+        """`engine_silent_s` is asked when a report leaves."""
         self._replica_id = replica_id
         self._phase = phase
         self._info: EngineInfo | None = info
         self._load = load
         self._others = InFlight()
         self._blocks = blocks
-        self._engine_silent_s = engine_silent_s
         self._block_log = ChangeLog()
         self._snapshot_due = True
+        self._engine_silent_s = engine_silent_s
         self._deltas: list[TokenDelta] = []
         self._load_changed = False
+        self._told_s = 0.0
+        self._heartbeat: asyncio.TimerHandle | None = None
+        self._heartbeat_due = False
         self._wake = asyncio.Event()
         self._failure: BaseException | None = None
         self._closed = False
-        self._beats = False
         self._wake.set()
 
     def put(self, deltas: Iterable[TokenDelta], load: EngineLoad, others: InFlight) -> None:
@@ -79,23 +80,10 @@ class Outbox:
         """Ends at `close`; the first report carries the engine's info. Raises what `fail` was given."""
         loop = asyncio.get_running_loop()
         sequence = 0
-        sent_s = next_load_s = 0.0
-        heartbeat: asyncio.TimerHandle | None = None
-
-        def beat() -> None:
-            # A timer that is set anew for each report would cost more than the report.
-            nonlocal heartbeat
-            heartbeat = None
-            if (due_s := sent_s + HEARTBEAT_S) > loop.time():
-                heartbeat = loop.call_at(due_s, beat)
-            else:
-                self._beats = True
-                self._wake.set()
-
+        next_load_s = 0.0
+        self._await_heartbeat(loop, loop.time())
         try:
             while True:
-                if heartbeat is None and not self._beats:
-                    heartbeat = loop.call_at(max(sent_s, loop.time()) + HEARTBEAT_S, beat)
                 await self._wake.wait()
                 if self._is_quiet() and (pause_s := next_load_s - loop.time()) > 0:
                     # Only state has changed: let it wait for a delta, but not for long.
@@ -110,12 +98,12 @@ class Outbox:
                 self._wake.clear()
                 if self._closed:
                     return
-                if self._deltas or self._load_changed or self._snapshot_due or self._block_log or self._beats:
+                if self._has_news() or self._heartbeat_due:
                     deltas, self._deltas = self._deltas, []
                     info, self._info = self._info, None
-                    self._load_changed = self._beats = False
-                    sent_s = loop.time()
-                    next_load_s = sent_s + LOAD_INTERVAL_S
+                    self._load_changed = self._heartbeat_due = False
+                    self._told_s = loop.time()
+                    next_load_s = self._told_s + LOAD_INTERVAL_S
                     yield WorkerReport(
                         self._replica_id,
                         self._phase,
@@ -133,14 +121,30 @@ class Outbox:
                 elif self._failure is not None:
                     raise self._failure
         finally:
-            if heartbeat is not None:
-                heartbeat.cancel()
+            if self._heartbeat is not None:
+                self._heartbeat.cancel()
+
+    def _await_heartbeat(self, loop: asyncio.AbstractEventLoop, since_s: float) -> None:
+        """One timer at a time, set anew only when it fires: a busy stream pays nothing for it."""
+
+        def fired() -> None:
+            if self._told_s > since_s:
+                self._await_heartbeat(loop, self._told_s)
+            else:
+                self._heartbeat_due = True
+                self._wake.set()
+                self._await_heartbeat(loop, loop.time())
+
+        self._heartbeat = loop.call_at(since_s + HEARTBEAT_S, fired)
 
     def _take_blocks(self) -> BlockChanges | None:
         if not self._snapshot_due:
             return self._block_log.take()
         self._snapshot_due = False
         return self._blocks.snapshot()
+
+    def _has_news(self) -> bool:
+        return bool(self._deltas or self._load_changed or self._snapshot_due or self._block_log)
 
     def _is_quiet(self) -> bool:
         """Nothing but load and cached blocks can have changed."""

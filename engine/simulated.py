@@ -33,6 +33,9 @@ from engine.protocol import (
 )
 from engine.simulated_blocks import Block, BlockPool
 
+LONGEST_SILENCE_S = 0.5
+"""While it holds requests it tells a step at least this often, as vLLM's engine does; one computes longer than that."""
+
 CLOCK_TOLERANCE_S = 1e-6  # timers may fire a rounding error early; a deadline this near has passed
 
 
@@ -217,8 +220,11 @@ class SimulatedEngine:
         self._pace = Pace()
         self._num_event_gaps = 0
         self._load_read = self._load()
+        self._is_step_due = False
         self._gone: str | None = None
         self._wake = asyncio.Event()
+        self._goes_on = asyncio.Event()
+        self._goes_on.set()
         self._news = asyncio.Event()
         self._block_news = asyncio.Event()
         self._loop = asyncio.get_running_loop()
@@ -255,6 +261,7 @@ class SimulatedEngine:
                 self._pool.give_back(sequence.blocks)
                 if sequence.handoff and (source := self._fabric.source(sequence.handoff)):
                     source.unpin(sequence.handoff)
+                self._is_step_due = True
                 self._wake.set()
 
     async def release(self, request_id: str, handoff: KVHandoff) -> None:
@@ -267,9 +274,10 @@ class SimulatedEngine:
         """To a slow reader the deltas of several steps come as one."""
         while True:
             await self._news.wait()
-            if self._deltas or self._load() != self._load_read:
+            if self._deltas or self._is_step_due or self._load() != self._load_read:
                 step = EngineStep(self._deltas, self._load())
                 self._deltas, self._mergeable, self._load_read = [], {}, step.load
+                self._is_step_due = False
                 yield step
             elif self._gone is not None:
                 raise EngineGoneError(self._gone)
@@ -290,6 +298,13 @@ class SimulatedEngine:
     def die(self) -> None:
         """Simulates the death of the engine's processes, in the middle of whatever it does."""
         self._end("died")
+
+    def hang(self) -> None:
+        """Simulates an engine that takes calls, and does and tells nothing until `go_on`."""
+        self._goes_on.clear()
+
+    def go_on(self) -> None:
+        self._goes_on.set()
 
     def lose_block_changes(self) -> None:
         """Simulates cache events that are lost for good: whatever was told of blocks does not hold any more."""
@@ -321,6 +336,7 @@ class SimulatedEngine:
     async def _run(self) -> None:
         try:
             while True:
+                await self._goes_on.wait()
                 self._wake.clear()
                 self._expire_leases()
                 self._finish_pulls()
@@ -329,6 +345,7 @@ class SimulatedEngine:
                     num_decodes = sum(num_tokens == 1 for _, num_tokens in batch)
                     duration_s = self._config.latency.step_s(num_prefill_tokens, num_decodes)
                     await asyncio.sleep(duration_s)
+                    await self._goes_on.wait()
                     self._pace.stepped(duration_s, num_prefill_tokens)
                     for sequence, num_tokens in batch:
                         if self._live.get(sequence.request.request_id) is sequence:
@@ -346,15 +363,17 @@ class SimulatedEngine:
         self._news.set()
 
     async def _rest(self) -> None:
-        """Waits for a call, an arriving pull, the end of a lease, or a sequence that is due again."""
+        """Waits for a call, an arriving pull, the end of a lease, a sequence that is due again, or long enough."""
         ends = [s.pull_end_s for s in self._pulling] + [p.lease_end_s for p in self._pinned.values()]
         ends += [s.due_s for s in self._running[:1]]
         next_s = min(ends, default=math.inf)
+        silence_end_s = self._loop.time() + LONGEST_SILENCE_S if self._live else math.inf
+        wake_s = min(next_s, silence_end_s)
         try:
-            async with asyncio.timeout_at(next_s if next_s < math.inf else None):
+            async with asyncio.timeout_at(wake_s if wake_s < math.inf else None):
                 await self._wake.wait()
         except TimeoutError:
-            pass
+            self._is_step_due = self._is_step_due or silence_end_s < next_s
 
     def _is_over(self, end_s: float) -> bool:
         return end_s <= self._loop.time() + CLOCK_TOLERANCE_S

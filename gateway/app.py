@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import uuid
+from collections.abc import Mapping
 from typing import Any
 
 from prometheus_client import Metric
@@ -30,6 +31,13 @@ APP_NAME = "baton"
 MAX_ONGOING_REQUESTS = 100_000
 DRAIN_CHECK_S = 0.5
 
+HEALTH_CHECK_PERIOD_S = 2.0
+"""How long Serve may take to notice that a replica's process is gone; its default of 10 s is twice our bound."""
+
+FEWEST_READY = {Phase.DECODE: 1, Phase.PREFILL: 0}
+"""What a gateway waits for when it starts, beside every replica that Serve lists then. After the loss of a node a pool
+may be incomplete for long, and gateways that wait for the missing part could not be replaced meanwhile."""
+
 # On Serve's other loop each message to a client is handed to another thread, through a queue that nothing bounds
 # (docs/adr/0012). Read when a replica's process starts, so that it holds on any cluster.
 RUNTIME_ENV = {"env_vars": {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}}
@@ -53,6 +61,7 @@ def build(settings: Settings) -> serve.Application:
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         graceful_shutdown_timeout_s=settings.gateway.drain_timeout_s,
         graceful_shutdown_wait_loop_s=DRAIN_CHECK_S,
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
         max_constructor_retry_count=START_RETRIES,
     )
     return gateway.bind(settings.model_dump(mode="json"), decode, prefill)
@@ -66,7 +75,8 @@ def from_config(args: dict[str, str]) -> serve.Application:
 @serve.deployment(name="gateway")
 @serve.ingress()
 class Gateway:
-    """One replica of the front door. Its constructor returns when every pool is complete and every pair is warm."""
+    """One replica of the front door. Its constructor returns when the replicas that are there are warm, and one can
+    write answers; pools may still be incomplete."""
 
     async def __init__(
         self, settings: dict[str, Any], decode: DeploymentHandle, prefill: DeploymentHandle | None = None
@@ -104,10 +114,9 @@ class Gateway:
         # The application is made while the engines load.
         (self._app, self._client), _ = await asyncio.gather(
             make_app(server_config(config), self._orchestrator, self._peers),
-            transport.connect(config.runtime.start_timeout_s),
+            _meet(handles, config.runtime.start_timeout_s),
         )
-        expected = {Phase.DECODE: config.pools.decode.replicas, Phase.PREFILL: config.pools.prefill.replicas}
-        await self._orchestrator.start(expected, config.runtime.start_timeout_s)
+        await self._orchestrator.start(FEWEST_READY, config.runtime.start_timeout_s)
         calm_garbage_collector()
 
     def __serve_build_asgi_app__(self) -> Any:
@@ -131,6 +140,14 @@ class Gateway:
             await orchestrator.close()
 
 
+async def _meet(handles: Mapping[Phase, DeploymentHandle], timeout_s: float) -> None:
+    """Makes Ray's routers learn their pools, and waits for the first decode replica. Raises TimeoutError."""
+    # A router learns its pool from the first call on. A pool without replicas answers none, for as long as it has none.
+    hellos = {phase: handle.hello.remote() for phase, handle in handles.items()}
+    async with asyncio.timeout(timeout_s):
+        await hellos[Phase.DECODE]
+
+
 def _deployment(deployment: Any, pool: PoolSettings, settings: Settings) -> Any:
     make_router_config: Any = RequestRouterConfig  # its signature says that every argument is a dict
     options: dict[str, Any] = {"num_cpus": pool.num_cpus, "num_gpus": pool.gpus_per_replica, "runtime_env": RUNTIME_ENV}
@@ -144,6 +161,7 @@ def _deployment(deployment: Any, pool: PoolSettings, settings: Settings) -> Any:
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         graceful_shutdown_timeout_s=settings.gateway.drain_timeout_s,
         graceful_shutdown_wait_loop_s=DRAIN_CHECK_S,
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
         max_constructor_retry_count=START_RETRIES,
         request_router_config=make_router_config(request_router_class=REQUEST_ROUTER),
     )
@@ -181,6 +199,7 @@ def engine_spec(settings: Settings, phase: Phase) -> EngineSpec:
         ucx_tls=settings.handoff.ucx_tls,
         env=pool.env,
         simulation=_simulation(settings, pool),
+        replace_after_s=settings.runtime.replace_hung_engine_after_s,
     )
 
 

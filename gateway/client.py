@@ -1,7 +1,7 @@
 """Owns the command line's conversation with a running gateway: chat over SSE, receipts, status."""
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,9 +86,19 @@ def receipt(url: str, request_id: str) -> dict[str, Any]:
     return _get(url, f"/baton/receipts/{request_id}")
 
 
-def status(url: str) -> dict[str, Any]:
-    """Pools, replicas and their load. Raises GatewayError."""
-    return _get(url, "/baton/status")
+def status(url: str, timeout_s: float = _READ_S) -> dict[str, Any]:
+    """Pools, replicas and their load, as one gateway sees them. Raises GatewayError."""
+    return _get(url, "/baton/status", timeout_s)
+
+
+def missing_replicas(status: dict[str, Any], expected: Mapping[str, int]) -> str:
+    """What a gateway, by its `status`, lacks of pools with so many replicas each; empty if they are complete."""
+    lacking: list[str] = []
+    for pool, num_expected in expected.items():
+        num_ready = sum(bool(replica.get("ready")) for replica in (status.get("pools") or {}).get(pool, ()))
+        if num_ready < num_expected:
+            lacking.append(f"{num_ready} of {num_expected} {pool} replicas")
+    return f"{' and '.join(lacking)} are ready" if lacking else ""
 
 
 def simulated_replicas(status: dict[str, Any]) -> set[str]:
@@ -145,13 +155,14 @@ def human_bytes(size: float) -> str:
     return f"{size:.1f} TiB"
 
 
-def _client(url: str) -> httpx.Client:
-    return httpx.Client(base_url=url, timeout=httpx.Timeout(_READ_S, connect=_CONNECT_S), trust_env=False)
+def _client(url: str, timeout_s: float = _READ_S) -> httpx.Client:
+    timeout = httpx.Timeout(timeout_s, connect=min(timeout_s, _CONNECT_S))
+    return httpx.Client(base_url=url, timeout=timeout, trust_env=False)
 
 
-def _get(url: str, path: str) -> dict[str, Any]:
+def _get(url: str, path: str, timeout_s: float = _READ_S) -> dict[str, Any]:
     try:
-        with _client(url) as http:
+        with _client(url, timeout_s) as http:
             response = http.get(path)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise GatewayError(_unreachable(url, error)) from error

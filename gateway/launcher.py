@@ -23,6 +23,7 @@ from gateway.settings import Settings
 BUILD = "gateway.app:build"
 SIMULATED = "simulated engines, no model: what they answer means nothing, and no figure is a figure of a model"
 _POLL_S = 0.2
+_STATUS_TIMEOUT_S = 5.0
 _ECHO_S = 0.5
 _FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
 _ANY_ADDRESS = {"0.0.0.0": LOOPBACK, "::": "::1"}
@@ -176,10 +177,38 @@ def _refuse_other_cluster(settings: Settings) -> None:
         )
 
 
+class PoolWatch:
+    """What the gateways lack of complete pools. Each speaks for itself, and HAProxy chooses which one answers."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._url = base_url(settings)
+        self._num_gateways = settings.gateway.replicas
+        self._expected = {"prefill": settings.pools.prefill.replicas, "decode": settings.pools.decode.replicas}
+        self._missing: dict[str, str] = {}
+
+    def look(self) -> str:
+        """What is missing still, after one more gateway was asked; empty if nothing."""
+        try:
+            status = client.status(self._url, _STATUS_TIMEOUT_S)
+        except client.GatewayError as error:
+            return str(error)
+        self._missing[str(status.get("gateway"))] = client.missing_replicas(status, self._expected)
+        if missing := next(filter(None, self._missing.values()), ""):
+            return missing
+        if (num_heard := len(self._missing)) < self._num_gateways:
+            return f"{num_heard} of {self._num_gateways} gateways have answered"
+        return ""
+
+
 def _wait_until_ready(run: LocalRun, console: Console) -> None:
-    """Raises StartError."""
+    """Until Serve runs everything and each gateway can use it: one serves as soon as one engine can answer.
+
+    Raises StartError.
+    """
     began = time.monotonic()
     limit_s = run.settings.runtime.start_timeout_s
+    pools = PoolWatch(run.settings)
+    is_running = False
     with _progress(console) as show:
         while True:
             for event in run.poll(_POLL_S):
@@ -187,16 +216,19 @@ def _wait_until_ready(run: LocalRun, console: Console) -> None:
                 if isinstance(event, DriverFailed):
                     raise StartError(root_cause(event.message))
                 if isinstance(event, AppStatus):
-                    if event.status == "RUNNING":
-                        return
+                    is_running = event.status == "RUNNING"
                     if event.status in _FAILED:
                         raise StartError(failure_of(event))
+            missing = pools.look() if is_running else ""
+            if is_running and not missing:
+                return
             dead = run.dead_part()
             if dead is not None:
                 raise StartError(f"{dead} while starting")
             if time.monotonic() - began > limit_s:
                 raise StartError(
-                    f"not ready after {limit_s:g} s; a slow machine needs a larger runtime.start_timeout_s"
+                    f"not ready after {limit_s:g} s{f': {missing}' if missing else ''}; "
+                    "a slow machine needs a larger runtime.start_timeout_s"
                 )
             show(None)
 

@@ -289,13 +289,13 @@ def _while_prefilling(state: SequenceState, event: Event) -> Transition:
         case AbortAsked():
             return replace(state, stage=Stage.DONE), (AbortOn(state.prefill),)
         case Deadline():
-            what = f"prefill on {state.prefill} took too long"
+            what, given_up = f"prefill on {state.prefill} took too long", AbortOn(state.prefill)
             if any(fault.kind is FaultKind.PREFILL_SLOW for fault in state.faults):
                 # All of the pool is slow: one more queue would not be shorter.
                 state = _with_fault(state, FaultKind.PREFILL_SLOW, what, "decode reads the prompt itself")
-                submitted, actions = _decode(state, None)
-                return submitted, (AbortOn(state.prefill), *actions)
-            return _again(state, FaultKind.PREFILL_SLOW, what, state.prefill, (AbortOn(state.prefill),))
+                state, actions = _decode(state, None)
+                return state, (given_up, *actions)
+            return _again(state, FaultKind.PREFILL_SLOW, what, state.prefill, (given_up,))
         case SubmitFailed(state.prefill, refused=True) as refusal:
             state = _with_fault(state, FaultKind.PREFILL_FAILED, _words(refusal), "decode reads the prompt itself")
             return _decode(state, None)

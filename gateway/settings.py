@@ -114,7 +114,9 @@ class HandoffSettings(Section):
         default=100, description="pause between NIXL's progress polls; 0 spins a core per engine process"
     )
     ucx_tls: str | None = Field(default=None, description="UCX transports; default: UCX decides")
-    timeout_s: PositiveFloat = Field(default=60.0, description="longest prefill before it is given up: another replica, then decode")
+    timeout_s: PositiveFloat = Field(
+        default=60.0, description="longest prefill before it is given up: another replica, then decode"
+    )
 
 
 class GatewaySettings(Section):
@@ -173,7 +175,8 @@ class AdmissionSettings(Section):
 
 
 class RuntimeSettings(Section):
-    """The local Ray runtime that `baton serve` starts; unused on an existing cluster."""
+    """How a run starts and stays whole. `ray_address`, `num_cpus`, `object_store_mb` and `demo_prompt` are for the
+    local Ray that `baton serve` starts, and unused on an existing cluster."""
 
     ray_address: str | None = Field(
         default=None, description="existing Ray cluster; default: start one on this machine"
@@ -183,6 +186,9 @@ class RuntimeSettings(Section):
     )
     object_store_mb: PositiveInt = 128
     start_timeout_s: PositiveFloat = 300.0
+    replace_hung_engine_after_s: PositiveFloat = Field(
+        default=120.0, description="an engine that holds requests and tells nothing for so long is replaced"
+    )
     demo_prompt: str | None = "What is Baton?"
 
 

@@ -12,6 +12,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.api import context, fields
+from gateway.routing.types import Rejection
 
 log = logging.getLogger("baton.api")
 
@@ -246,6 +247,11 @@ class ResponseStart:
             # The client is gone: there is nobody to tell.
             raise
         except Exception:
+            if request.rejection is not None and not started:
+                # vLLM's stream of responses tells of an error by raising it.
+                for ready in _rejected(scope["path"], request, request.rejection):
+                    await send(ready)
+                return
             # Nothing was placed: vLLM stumbled over the request while it read it, so it is the client's to mend.
             unread = not (held or started or request.num_groups) and scope["path"] in fields.ALLOWED
             if not held and not (started and streaming) and not unread:
@@ -281,9 +287,7 @@ def _released(path: str, held: list[Message], request: context.RequestContext) -
     headers = MutableHeaders(raw=start["headers"])
     headers[REQUEST_ID_HEADER] = request.request_id
     if request.rejection is not None:
-        rejection = request.rejection
-        headers = MutableHeaders({"retry-after": str(rejection.retry_after_s), REQUEST_ID_HEADER: request.request_id})
-        return _messages(rejection.status, error_body(path, rejection.status, rejection.reason), headers)
+        return _rejected(path, request, request.rejection)
     failure = request.failure
     if failure is not None and _is_stream(start) and not request.answering:
         headers = MutableHeaders({REQUEST_ID_HEADER: request.request_id})
@@ -293,6 +297,11 @@ def _released(path: str, held: list[Message], request: context.RequestContext) -
         body = b"".join(message.get("body", b"") for message in held[1:])
         return _messages(start["status"], error_body(path, start["status"], _error_message(body)), headers)
     return held
+
+
+def _rejected(path: str, request: context.RequestContext, rejection: Rejection) -> list[Message]:
+    headers = MutableHeaders({"retry-after": str(rejection.retry_after_s), REQUEST_ID_HEADER: request.request_id})
+    return _messages(rejection.status, error_body(path, rejection.status, rejection.reason), headers)
 
 
 def _is_stream(start: Message) -> bool:

@@ -28,7 +28,7 @@ class Gateway:
         app = FastAPI()
         app.add_api_route("/v1/models", self.models)
         app.add_api_route("/work", self.work)
-        app.add_api_route("/status", self.status)
+        app.add_api_route("/baton/status", self.status)
         app.add_api_route("/metrics", self.metrics)
         app.add_api_route("/receipts/{request_id}", self.receipt)
         return app
@@ -40,7 +40,8 @@ class Gateway:
         self.counter.inc()
 
     async def status(self) -> dict[str, Any]:
-        return {"gateway": self.peers.own_id, "gateways": self.peers.members()}
+        pools = {"decode": [{"id": "none", "ready": True}]}
+        return {"gateway": self.peers.own_id, "gateways": self.peers.members(), "pools": pools}
 
     async def metrics(self) -> PlainTextResponse:
         answers = await self.peers.metrics()

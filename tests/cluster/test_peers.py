@@ -48,7 +48,7 @@ def get(run: Run, path: str) -> httpx.Response:
 
 def members(run: Run) -> list[str]:
     """The gateways, if all of them agree."""
-    views = {status["gateway"]: status["gateways"] for status in (get(run, "/status").json() for _ in range(8))}
+    views = {status["gateway"]: status["gateways"] for status in (get(run, "/baton/status").json() for _ in range(8))}
     agreed = sorted(views)
     return agreed if all(view == agreed for view in views.values()) else []
 

@@ -32,6 +32,11 @@ async def receipt(request_id: str) -> dict[str, Any]:
     }
 
 
+@api.get("/baton/status")
+async def status() -> dict[str, Any]:
+    return {"gateway": "gateway-1", "pools": {"prefill": [], "decode": [{"id": "decode-1", "ready": True}]}}
+
+
 @api.get("/environment")
 async def environment() -> dict[str, str]:
     return dict(os.environ)

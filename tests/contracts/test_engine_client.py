@@ -18,7 +18,7 @@ class Recorder:
     def __init__(self) -> None:
         self.added: list[SequenceRequest] = []
 
-    def new_group(self, receipt_id: str, num_choices: int, received_s: float | None = None) -> Group:
+    def new_group(self, receipt_id: str, num_choices: int, *_: object) -> Group:
         return Group(receipt_id, num_choices, 0.0)
 
     def add(self, request: SequenceRequest, group: Group) -> None:

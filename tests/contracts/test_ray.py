@@ -107,3 +107,29 @@ async def test_a_broadcasts_results_can_be_waited_for_one_by_one():
 
     assert await DeploymentBroadcastResponse(sent(), None)._fetch_replica_results_async() == ["one", "two"]
     assert {"get_async", "cancel"} <= set(dir(ReplicaResult))
+
+
+def test_serve_replaces_a_replica_whose_process_is_gone_at_its_next_health_check_and_others_at_the_third():
+    from ray.serve._private.constants import REPLICA_HEALTH_CHECK_UNHEALTHY_THRESHOLD
+    from ray.serve._private.deployment_state import ActorReplicaWrapper
+
+    assert REPLICA_HEALTH_CHECK_UNHEALTHY_THRESHOLD == 3
+    crashed = inspect.getsource(ActorReplicaWrapper.check_health).partition("ReplicaHealthCheckResponse.ACTOR_CRASHED")
+    assert "self._healthy = False" in crashed[2].partition("else:")[0]
+
+
+def test_serve_lets_a_replica_that_fails_its_health_checks_drain():
+    from ray.serve._private.constants import RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS
+
+    assert not RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS, "then a replica need not end its own process"
+
+
+def test_a_replica_that_starts_takes_the_rank_of_one_that_is_gone():
+    """Ranks choose an engine's cores: a replacement must not get a rank that no cores are set aside for."""
+    from ray.serve._private.deployment_state import DeploymentRankManager
+
+    ranks = DeploymentRankManager()
+    for number in range(3):
+        ranks.assign_rank(f"replica-{number}", "node")
+    ranks.release_rank("replica-1")
+    assert ranks.assign_rank("another", "node").local_rank == 1

@@ -133,6 +133,12 @@ class TestEngineCoreClient:
 class TestWire:
     """engine/vllm_codec.py: what crosses between gateway and workers comes back as it was."""
 
+    def test_the_scheduler_tells_how_many_requests_it_runs_at_once(self):
+        from vllm.config import SchedulerConfig, VllmConfig
+
+        assert "scheduler_config" in VllmConfig.__dataclass_fields__
+        assert "max_num_seqs" in SchedulerConfig.__dataclass_fields__
+
     def test_core_request_has_the_fields_we_fill(self):
         from vllm.v1.engine import EngineCoreRequest
 

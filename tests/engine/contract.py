@@ -104,6 +104,11 @@ class Collector:
             f"{num_tokens} tokens of {request_id}",
         )
 
+    async def next_step(self) -> None:
+        """Waits until the engine tells another step."""
+        num_told = len(self.steps)
+        await self._until(lambda: len(self.steps) > num_told, "another step")
+
     async def load_where(self, predicate: Callable[[EngineLoad], bool], what: str) -> EngineLoad:
         """The latest load, once it satisfies the predicate."""
         await self._until(lambda: bool(self.steps) and predicate(self.load), what)
@@ -382,6 +387,13 @@ class EngineContract:
             await bench.serves(side)
             await self._give_back_if_it_finished(bench, request_id)
             await side.idle()
+
+    async def test_an_abort_is_followed_by_a_step(self, bench: Bench) -> None:
+        """Whoever waits for a sign of life of an engine waits no longer than for an answer."""
+        for side, phase in ((bench.prefill, Phase.PREFILL), (bench.decode, Phase.DECODE)):
+            request_id = await bench.submit(side, phase, bench.pair.prompt(20, seed=31), 64)
+            await side.engine.abort([request_id])
+            await side.next_step()
 
     async def test_an_abort_while_prefill_runs_frees_its_blocks(self, bench: Bench) -> None:
         limit = bench.pair.prefill.info.max_model_len

@@ -3,20 +3,23 @@
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 import pytest
 from typer.testing import CliRunner
 
-from bench import emitter, overhead, streams
+from bench import emitter, overhead, overload, overload_live, streams
 from bench.__main__ import app
 from bench.overhead import Experiment
+from bench.overload_report import OverloadReport
 from bench.results import StartFailure
 from bench.stream_report import StreamsReport
 from bench.systems import StartFailed
 from gateway.runtime import processes
 from gateway.runtime.processes import HealPlan
+from tests.unit.bench.test_overload_report import SCENARIO
 from tests.unit.bench.test_results import read_json
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
@@ -193,5 +196,43 @@ def test_streams_that_do_not_start_make_the_run_fail(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(streams.StreamsExperiment, "run", fail)
     code, output = run("--quick", config="simulated.yaml", command="streams")
+    assert code == 1
+    assert "no memory" in output
+
+
+def test_an_overload_is_judged_by_the_targets_of_its_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overload.Overload, "run", lambda _overload: SCENARIO)
+    path = tmp_path / "report.json"
+    code, output = run("--check", "--quick", "--json", str(path), command="overload")
+    assert code == 0, output
+    assert output.count("met ") == 6
+    report = msgspec.json.decode(path.read_bytes(), type=OverloadReport)
+    assert (report.complete, len(report.scenarios)) == (True, len(overload.SCENARIOS))
+    assert report.plan.overload_s == 60.0
+
+    monkeypatch.setattr(overload.Overload, "run", lambda _overload: replace(SCENARIO, num_untyped=1))
+    code, output = run("--check", command="overload")
+    assert code == 1
+    assert output.count("missed") == 1
+
+
+def test_an_interrupted_overload_leaves_a_report_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def be_interrupted(_overload: overload.Overload) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(overload.Overload, "run", be_interrupted)
+    path = tmp_path / "report.json"
+    code, output = run("--check", "--json", str(path), command="overload")
+    assert code == 130
+    assert output.count("missed") == 6
+    assert msgspec.json.decode(path.read_bytes(), type=OverloadReport).complete is False
+
+
+def test_an_overload_of_real_engines_that_do_not_start_makes_the_run_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_overload: overload_live.LiveOverload) -> None:
+        raise StartFailed("baton: baton-serve ended with code 1", "no memory")
+
+    monkeypatch.setattr(overload_live.LiveOverload, "run", fail)
+    code, output = run("--engine", "vllm", "--overload-s", "5", command="overload")
     assert code == 1
     assert "no memory" in output

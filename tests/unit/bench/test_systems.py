@@ -77,6 +77,19 @@ def test_stopping_ends_children_in_sessions_of_their_own_and_removes_the_folder(
     assert not folders[0].exists()
 
 
+def test_a_system_that_answers_is_not_ready_before_it_says_so() -> None:
+    (port,) = free_ports("127.0.0.1")
+    server = replace(command(SERVER, str(port), ready_url=f"http://127.0.0.1:{port}"), ready_text="all is well")
+    mute = system(server, timeout_s=3.0)
+    with pytest.raises(StartFailed, match="did not answer within 3 s"):
+        mute.start()
+    mute.stop()
+    saying = replace(server, argv=[*server.argv[:2], f"print('all is well', flush=True)\n{SERVER}", *server.argv[3:]])
+    ready = system(saying)
+    ready.start()
+    ready.stop()
+
+
 def test_stopping_what_was_never_started_does_nothing() -> None:
     system(command("")).stop()
 

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import AsyncIterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 import pytest
@@ -117,14 +117,7 @@ async def test_a_refusal_is_answered_with_its_reason(stage: Stage):
 
 async def test_an_abort_never_overtakes_its_submission(stage: Stage):
     gateway = await stage.gateway("a")
-    gate = asyncio.Event()
-    submit = stage.engine.submit
-
-    async def slow_submit(request: EngineRequest) -> None:
-        await gate.wait()
-        await submit(request)
-
-    stage.engine.submit = slow_submit
+    gate = stage.engine.gate = asyncio.Event()
     await gateway.send(Submit(1, request("r")))
     await gateway.send(Abort(2, ["r"]))
     gate.set()
@@ -143,16 +136,83 @@ async def test_requests_of_a_gateway_whose_connection_ends_are_aborted(stage: St
     assert stage.server.gateway_ids == ["b"]
 
 
+async def test_a_gateway_that_vanishes_is_noticed_although_a_call_is_stuck(stage: Stage):
+    gateway = await stage.gateway("a")
+    await gateway.send(Submit(1, request("r1")))
+    await gateway.next(Answer)
+    gate = stage.engine.gate = asyncio.Event()
+    await gateway.send(Submit(2, request("r2")))
+    await gateway.send(Submit(3, request("r3")))
+    await until(lambda: stage.worker.num_requests == 2)
+    gateway.frames.close()
+    await until(lambda: stage.worker.num_requests == 0)
+    gate.set()
+    await until(lambda: set(stage.engine.aborted) == {"r1", "r2"})
+    assert stage.engine.submitted == ["r1"]
+    await until(lambda: stage.server.gateway_ids == [])
+
+
+async def test_a_gateway_that_reads_nothing_for_long_is_gone(stage: Stage, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(link, "UNACKNOWLEDGED_MS", 100)
+    gateway = await stage.gateway("a")
+    await gateway.send(Submit(1, request("r")))
+    await gateway.next(Answer)
+    gateway.frames._reader._transport.pause_reading()
+    for _ in range(32):
+        await stage.engine.step(TokenDelta("r", [1_000_000] * 100_000))
+    await until(lambda: stage.engine.aborted == ["r"])
+    await until(lambda: stage.server.gateway_ids == [])
+
+
+async def test_calls_that_a_dead_engine_cannot_answer_do_not_overtake_its_farewell(stage: Stage):
+    gateway = await stage.gateway("a")
+    gate = stage.engine.gate = asyncio.Event()
+    stage.engine.refusal = EngineGoneError("not taken")
+    refused: list[str] = []
+    submit = stage.worker.submit
+
+    async def noted_submit(gateway_id: str, request: EngineRequest) -> None:
+        try:
+            await submit(gateway_id, request)
+        finally:
+            refused.append(request.request_id)
+
+    stage.worker.submit = noted_submit
+    await gateway.send(Submit(1, request("r1")))
+    await gateway.send(Submit(2, request("r2")))
+    await until(lambda: stage.worker.num_requests == 1)
+    await stage.engine.fail(EngineGoneError("the engine is dead"))
+    gate.set()
+    await until(lambda: refused == ["r1", "r2"])
+    assert stage.server.gateway_ids == ["a"]
+    assert (await gateway.next(Farewell)).reason == "the engine is dead"
+
+
 async def test_the_death_of_the_engine_is_told_with_its_reason(stage: Stage):
     gateway = await stage.gateway("a")
     await stage.engine.fail(EngineGoneError("the engine is dead"))
     assert (await gateway.next(Farewell)).reason == "the engine is dead"
 
 
-async def test_a_worker_that_stops_ends_its_links(stage: Stage):
+async def test_a_worker_that_stops_ends_its_links_without_noise(stage: Stage, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(link, "HELLO_TIMEOUT_S", 3600.0)
     gateway = await stage.gateway("a")
-    await stage.server.close()
-    await gateway.ended()
+    noise: list[dict[str, Any]] = []
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _, context: noise.append(context))
+    try:
+        stranger, mute = await asyncio.open_connection(HOST, stage.server.ticket("b").port)
+        await until(lambda: stage.server.num_strangers == 1)
+        async with asyncio.timeout(PATIENCE_S):
+            await stage.server.close()
+            with contextlib.suppress(ConnectionResetError):
+                assert await stranger.read() == b""
+        await gateway.ended()
+        mute.close()
+        await asyncio.sleep(0)
+    finally:
+        loop.set_exception_handler(None)
+    assert noise == []
 
 
 async def test_a_worker_has_drained_when_the_last_gateway_has_let_go(stage: Stage):

@@ -15,7 +15,7 @@ def tokens(ledger: Ledger) -> tuple[int, int]:
 def test_a_request_is_queued_until_its_first_token_and_grows_with_each() -> None:
     ledger = Ledger()
     ledger.began("r", 10)
-    assert tokens(ledger) == (10, 0)
+    assert (tokens(ledger), ledger.in_flight) == ((10, 0), InFlight(1, 10, 10))
     ledger.wrote("r", 0)
     assert tokens(ledger) == (10, 0)
     ledger.wrote("r", 1)

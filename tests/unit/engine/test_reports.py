@@ -63,7 +63,7 @@ class Reader:
 
 
 def new_outbox(blocks: BlockMirror | None = None) -> Outbox:
-    return Outbox("decode-0", Phase.DECODE, INFO, load(0), blocks or BlockMirror(64))
+    return Outbox("decode-0", Phase.DECODE, INFO, load(0), blocks or BlockMirror(64), lambda: 0.0)
 
 
 def hashes(*numbers: int) -> list[bytes]:
@@ -119,27 +119,6 @@ def test_load_alone_waits_for_company_but_not_for_long() -> None:
         assert len(reader.reports) == pytest.approx(1.0 / LOAD_INTERVAL_S + 1, abs=2)
         assert reader.reports[-1].load == load(100)
         assert reader.times_s[-1] <= 1.0 + LOAD_INTERVAL_S + 1e-9
-
-    simulate(main)
-
-
-def test_a_stream_on_which_nothing_happens_still_beats() -> None:
-    async def main() -> None:
-        silent_s = 0.0
-        outbox = Outbox("decode-0", Phase.DECODE, INFO, load(0), BlockMirror(64), lambda: silent_s)
-        reader = Reader(outbox.reports())
-        await asyncio.sleep(2.5 * HEARTBEAT_S)
-        assert reader.times_s == pytest.approx([0.0, HEARTBEAT_S, 2 * HEARTBEAT_S])
-        assert reader.reports[1:] == [WorkerReport("decode-0", Phase.DECODE, n, [], load(0)) for n in (1, 2)]
-        # Whatever else is told counts as a beat.
-        outbox.put([delta(1)], load(0), NOBODY)
-        await reader.caught_up()
-        silent_s = 7.0
-        await asyncio.sleep(1.5 * HEARTBEAT_S)
-        assert reader.times_s[3:] == pytest.approx([2.5 * HEARTBEAT_S, 3.5 * HEARTBEAT_S])
-        assert [report.engine_silent_s for report in reader.reports[2:]] == [0.0, 0.0, 7.0]
-        outbox.close()
-        await reader.task
 
     simulate(main)
 
@@ -425,5 +404,111 @@ def test_every_delta_comes_once_and_in_order_at_any_pace(steps: list[tuple[int, 
             assert [report.sequence for report in reports] == list(range(len(reports)))
             assert reports[-1].load == last
         assert len(quick.reports) <= len(steps) + 1
+
+    simulate(main)
+
+
+# -- heartbeats
+
+
+def test_a_stream_without_news_brings_a_report_a_second() -> None:
+    async def main() -> None:
+        outbox = new_outbox()
+        reader = Reader(outbox.reports())
+        await asyncio.sleep(4.5 * HEARTBEAT_S)
+        outbox.close()
+        await reader.task
+        assert reader.times_s == [number * HEARTBEAT_S for number in range(5)]
+        assert [report.sequence for report in reader.reports] == list(range(5))
+        assert reader.reports[4] == WorkerReport("decode-0", Phase.DECODE, 4, [], load(0))
+
+    simulate(main)
+
+
+@pytest.mark.parametrize("news", ["delta", "load", "blocks"])
+def test_a_heartbeat_is_due_a_second_after_the_report_before_it(news: str) -> None:
+    async def main() -> None:
+        blocks = Blocks(1, 2)
+        reader = Reader(blocks.outbox.reports())
+        await asyncio.sleep(0.7 * HEARTBEAT_S)
+        if news == "blocks":
+            blocks.change(stored=[3])
+        else:
+            blocks.outbox.put([delta(1)] if news == "delta" else [], load(1), NOBODY)
+        await asyncio.sleep(1.2 * HEARTBEAT_S)
+        blocks.outbox.close()
+        await reader.task
+        assert reader.times_s == pytest.approx([0.0, 0.7 * HEARTBEAT_S, 1.7 * HEARTBEAT_S])
+
+    simulate(main)
+
+
+def test_a_heartbeat_is_one_report_and_the_stream_can_fail_after_it() -> None:
+    async def main() -> None:
+        blocks = Blocks(1, 2, 3)
+        reader = Reader(blocks.outbox.reports())
+        await asyncio.sleep(1.5 * HEARTBEAT_S)
+        blocks.change(stored=[4])
+        blocks.change(removed=[4])
+        await reader.caught_up()
+        assert len(reader.reports) == 2
+        blocks.outbox.fail(EngineGoneError("died"))
+        await reader.task
+        assert (str(reader.error), len(reader.reports)) == ("died", 2)
+
+    simulate(main)
+
+
+def test_a_slow_reader_finds_one_heartbeat() -> None:
+    async def main() -> None:
+        outbox = new_outbox()
+        reports = outbox.reports()
+        await anext(reports)
+        await asyncio.sleep(10 * HEARTBEAT_S)
+        assert (await anext(reports)).sequence == 1
+        began_s = now_s()
+        await anext(reports)
+        assert now_s() - began_s == pytest.approx(HEARTBEAT_S)
+
+    simulate(main)
+
+
+def test_a_busy_stream_sets_no_more_timers_than_an_idle_one_and_leaves_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        heartbeats: list[asyncio.TimerHandle] = []
+        call_at = loop.call_at
+
+        def counted(when: float, callback, *arguments, **more) -> asyncio.TimerHandle:
+            timer = call_at(when, callback, *arguments, **more)
+            if "heartbeat" in callback.__qualname__:
+                heartbeats.append(timer)
+            return timer
+
+        monkeypatch.setattr(loop, "call_at", counted)
+        outbox = new_outbox()
+        reader = Reader(outbox.reports())
+        for step in range(1000):
+            outbox.put([delta(step)], load(0), NOBODY)
+            await asyncio.sleep(3 * HEARTBEAT_S / 1000)
+        assert len(reader.reports) >= 1000
+        assert len(heartbeats) <= 4
+        outbox.close()
+        await reader.task
+        assert all(timer.cancelled() or timer.when() <= loop.time() for timer in heartbeats)
+
+    simulate(main)
+
+
+def test_a_report_tells_for_how_long_the_engine_has_been_silent() -> None:
+    async def main() -> None:
+        outbox = Outbox("decode-0", Phase.DECODE, INFO, load(0), BlockMirror(64), now_s)
+        reader = Reader(outbox.reports())
+        await asyncio.sleep(0.25)
+        outbox.put([delta(1)], load(1), NOBODY)
+        await asyncio.sleep(2.0)
+        outbox.close()
+        await reader.task
+        assert [report.engine_silent_s for report in reader.reports] == reader.times_s == [0.0, 0.25, 1.25]
 
     simulate(main)

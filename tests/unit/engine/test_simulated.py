@@ -24,6 +24,7 @@ from engine.protocol import (
     PrefillFacts,
 )
 from engine.simulated import (
+    LONGEST_SILENCE_S,
     LatencyModel,
     SimulatedEngine,
     SimulatedEngineConfig,
@@ -116,6 +117,7 @@ def test_info_says_that_the_engine_is_simulated() -> None:
             info = pair.decode_engine.info
             assert info.kind == "simulated"
             assert (info.block_size_tokens, info.num_kv_blocks, info.pids) == (B, 64, [])
+            assert info.max_num_seqs == CONFIG.max_num_seqs
 
     simulate(main)
 
@@ -433,6 +435,25 @@ def test_a_prompt_waits_in_line_until_its_blocks_are_free() -> None:
     simulate(main)
 
 
+def test_an_engine_whose_requests_cannot_run_tells_of_itself_all_the_same() -> None:
+    async def main() -> None:
+        async with Pair(dataclasses.replace(CONFIG, num_kv_blocks=10, max_model_len=80)) as pair:
+            await pair.run_prefill(random_prompt(6 * B, 1))
+            waiting = await pair.submit(pair.prefill, Phase.PREFILL, random_prompt(5 * B, 2), 1)
+            await pair.prefill.load_where(lambda load: load.num_waiting_requests == 1, "it to wait")
+            for _ in range(20):
+                before_s = now_s()
+                await pair.prefill.next_step()
+                assert now_s() - before_s <= LONGEST_SILENCE_S + 1e-6
+            assert not pair.prefill.answers.get(waiting)
+            await pair.prefill.finished(waiting)
+            num_told = len(pair.prefill.steps)
+            await asyncio.sleep(CONFIG.lease_s / 2)
+            assert len(pair.prefill.steps) == num_told, "an idle engine has nothing to tell"
+
+    simulate(main)
+
+
 def test_when_blocks_run_out_the_youngest_is_preempted_and_still_answers_right() -> None:
     async def main() -> None:
         config = dataclasses.replace(CONFIG, num_kv_blocks=12, max_model_len=96)
@@ -695,6 +716,43 @@ def test_death_ends_the_steps_and_refuses_further_calls() -> None:
             with pytest.raises(EngineGoneError):
                 await pair.decode_engine.release("r", handoff)
             await pair.decode_engine.abort([request_id])
+
+    simulate(main)
+
+
+@pytest.mark.parametrize("hangs_while", ["it computes", "it rests"])
+def test_an_engine_that_hangs_tells_nothing_until_it_goes_on(hangs_while: str) -> None:
+    async def main() -> None:
+        async with Pair() as pair:
+            prompt = random_prompt(20, 1)
+            request_id = ""
+            if hangs_while == "it computes":
+                request_id = await pair.submit(pair.decode, Phase.DECODE, prompt, 6)
+                await pair.decode.started(request_id, 2)
+            pair.decode_engine.hang()
+            num_told = len(pair.decode.steps)
+            aborted = await pair.submit(pair.decode, Phase.DECODE, prompt, 6)
+            await pair.decode_engine.abort([aborted])
+            await asyncio.sleep(100.0)
+            request_id = request_id or await pair.submit(pair.decode, Phase.DECODE, prompt, 6)
+            await asyncio.sleep(100.0)
+            assert len(pair.decode.steps) == num_told
+            pair.decode_engine.go_on()
+            answer = await pair.decode.finished(request_id)
+            assert answer.token_ids == expected_answer(CONFIG, prompt, 6)
+            await pair.decode.idle()
+
+    simulate(main)
+
+
+def test_an_engine_that_hangs_can_die() -> None:
+    async def main() -> None:
+        async with Pair() as pair:
+            request_id = await pair.submit(pair.decode, Phase.DECODE, random_prompt(20, 1), 6)
+            pair.decode_engine.hang()
+            pair.decode_engine.die()
+            with pytest.raises(AssertionError, match="the engine failed"):
+                await pair.decode.finished(request_id)
 
     simulate(main)
 

@@ -1,6 +1,7 @@
 """A worker between one engine and any number of gateways: who is told what, who may do what, and what ends when."""
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator, Sequence
 
 import pytest
@@ -23,9 +24,9 @@ from engine.protocol import (
     WorkerReport,
 )
 from engine.reports import HEARTBEAT_S, LOAD_INTERVAL_S
-from engine.worker import Worker
+from engine.worker import ENGINE_CALL_TIMEOUT_S, Worker
 from prefill.worker import PrefillWorker
-from tests.unit.virtual_time import simulate
+from tests.unit.virtual_time import now_s, simulate
 
 HANDOFF = KVHandoff("prefill-0", "r", 3, 1, b"")
 
@@ -41,6 +42,8 @@ class ScriptedEngine:
         self.released: list[KVHandoff] = []
         self.is_shut_down = False
         self.refusal: Exception | None = None
+        self.gate: asyncio.Event | None = None
+        """No call is taken before it is set."""
         self._steps: asyncio.Queue[EngineStep | Exception] = asyncio.Queue()
         self._changes: asyncio.Queue[BlockChanges | Exception] = asyncio.Queue()
 
@@ -59,15 +62,22 @@ class ScriptedEngine:
         await settled()
 
     async def submit(self, request: EngineRequest) -> None:
+        await self._take_calls()
         if self.refusal:
             raise self.refusal
         self.submitted.append(request.request_id)
 
     async def abort(self, request_ids: Sequence[str]) -> None:
+        await self._take_calls()
         self.aborted += request_ids
 
     async def release(self, request_id: str, handoff: KVHandoff) -> None:
+        await self._take_calls()
         self.released.append(handoff)
+
+    async def _take_calls(self) -> None:
+        if self.gate is not None:
+            await self.gate.wait()
 
     async def steps(self) -> AsyncIterator[EngineStep]:
         while True:
@@ -319,9 +329,11 @@ def test_each_gateway_is_told_what_the_others_have_in_flight() -> None:
             await told()
             assert others(rig.a, rig.b) == [InFlight(1, 3, 3), InFlight(2, 6, 6)]
             await rig.engine.step(delta("a1", 1), delta("b1", 1))
+            await told()
+            assert others(rig.a, rig.b) == [InFlight(1, 4, 0), InFlight(2, 7, 3)]
             await rig.engine.step(delta("a1", 2), delta("a2", 1, FinishReason.STOP))
             await told()
-            assert others(rig.a, rig.b) == [InFlight(1, 4), InFlight(1, 5)]
+            assert others(rig.a, rig.b) == [InFlight(1, 4, 0), InFlight(1, 5, 0)]
             await rig.worker.abort("b", ["b1"])
             await rig.engine.step(delta("a1", 3, FinishReason.STOP), delta("b1", 3))
             await told()
@@ -537,19 +549,173 @@ def test_a_handoff_whose_fate_is_unknown_is_not_given_back() -> None:
     simulate(main)
 
 
-def test_an_engine_is_silent_while_it_holds_requests_and_tells_nothing() -> None:
+# -- an engine that hangs
+
+
+async def told_a_while_ago(seconds: float) -> None:
+    await asyncio.sleep(seconds)
+    await settled()
+
+
+def test_an_engine_is_silent_from_its_first_request_and_then_from_its_last_step() -> None:
     async def main() -> None:
         async with Rig() as rig:
-            await asyncio.sleep(100)
-            assert rig.worker.engine_silent_s() == 0.0
+            await told_a_while_ago(100.0)
+            assert rig.worker.engine_silent_s == 0.0
+            await rig.submit("a", "r1")
+            await told_a_while_ago(2.0)
+            await rig.submit("b", "r2")
+            await told_a_while_ago(3.0)
+            assert rig.worker.engine_silent_s == pytest.approx(5.0)
+            await rig.engine.step(delta("r1", 1))
+            assert (rig.worker.engine_silent_s, rig.a.reports[-1].engine_silent_s) == (0.0, 0.0)
+            await told_a_while_ago(4.0)
+            assert rig.worker.engine_silent_s == pytest.approx(4.0)
+            await rig.engine.step(delta("r1", 2, FinishReason.STOP), delta("r2", 1, FinishReason.STOP))
+            await told_a_while_ago(100.0)
+            assert rig.worker.engine_silent_s == 0.0
+
+    simulate(main)
+
+
+def test_every_gateway_is_told_how_long_the_engine_has_been_silent_at_least_once_a_second() -> None:
+    async def main() -> None:
+        async with Rig() as rig:
             await rig.submit("a", "r")
-            await asyncio.sleep(3)
-            await rig.submit("a", "s")
-            assert rig.worker.engine_silent_s() == pytest.approx(3)
-            await rig.engine.step(running=2)
-            await asyncio.sleep(2 * HEARTBEAT_S + 0.1)
-            assert rig.a.reports[-1].engine_silent_s == pytest.approx(2 * HEARTBEAT_S, abs=LOAD_INTERVAL_S)
-            await rig.worker.abort("a", ["r", "s"])
-            assert rig.worker.engine_silent_s() == 0.0
+            await told_a_while_ago(10.0)
+            for gateway in (rig.a, rig.b):
+                silences_s = [report.engine_silent_s for report in gateway.reports]
+                assert silences_s == sorted(silences_s)
+                assert silences_s[-1] > 10.0 - HEARTBEAT_S - LOAD_INTERVAL_S
+                gaps_s = [later - sooner for sooner, later in itertools.pairwise(silences_s)]
+                assert max(gaps_s) <= HEARTBEAT_S + 1e-9
+
+    simulate(main)
+
+
+def test_an_engine_that_hangs_stays_silent_when_its_requests_are_taken_elsewhere() -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            await rig.submit("a", "r")
+            await told_a_while_ago(2.0)
+            await rig.worker.abort("a", ["r"])
+            await told_a_while_ago(3.0)
+            assert rig.worker.engine_silent_s == pytest.approx(5.0)
+            await rig.engine.step()
+            await told_a_while_ago(3.0)
+            assert rig.worker.engine_silent_s == 0.0
+
+    simulate(main)
+
+
+def test_a_request_that_the_engine_refuses_is_nothing_to_tell_of() -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            rig.engine.refusal = InvalidEngineRequestError("no room")
+            with pytest.raises(InvalidEngineRequestError):
+                await rig.submit("a", "r")
+            await told_a_while_ago(3.0)
+            assert rig.worker.engine_silent_s == 0.0
+
+    simulate(main)
+
+
+def test_an_engine_that_is_silent_for_too_long_is_given_up_like_a_dead_one() -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            failed = asyncio.create_task(rig.worker.failed())
+            await rig.submit("a", "r")
+            await told_a_while_ago(9.9)
+            rig.worker.check_engine(10.0)
+            assert not failed.done()
+            await told_a_while_ago(0.2)
+            with pytest.raises(EngineGoneError, match=r"decode-0 hangs: it has told nothing for 10 s"):
+                rig.worker.check_engine(10.0)
+            await settled()
+            assert failed.result() is rig.worker.failure
+            for gateway in (rig.a, rig.b):
+                assert gateway.error is rig.worker.failure
+            with pytest.raises(EngineGoneError):
+                await rig.submit("a", "x")
+
+    simulate(main)
+
+
+def test_a_dead_engine_fails_the_check_whether_or_not_it_was_silent() -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            await rig.engine.fail(EngineGoneError("died"))
+            with pytest.raises(EngineGoneError, match="died"):
+                rig.worker.check_engine(10.0)
+            assert str(await rig.worker.failed()) == "died"
+
+    simulate(main)
+
+
+# -- an engine that does not take calls
+
+
+def test_a_request_that_the_engine_does_not_take_fails_after_a_while_and_is_aborted() -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            rig.engine.gate = asyncio.Event()
+            with pytest.raises(EngineGoneError, match="did not take a call within"):
+                await rig.submit("a", "r")
+            assert now_s() == pytest.approx(ENGINE_CALL_TIMEOUT_S)
+            await told()
+            assert others(rig.b) == [InFlight()]
+            rig.engine.gate.set()
+            await settled()
+            assert (rig.engine.submitted, rig.engine.aborted) == ([], ["r"])
+            assert rig.worker.failure is None
+
+    simulate(main)
+
+
+@pytest.mark.parametrize("who", ["the gateway", "only the call"])
+def test_a_request_is_aborted_when_its_submission_is_cut_off(who: str) -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            rig.engine.gate = asyncio.Event()
+            submission = asyncio.create_task(rig.submit("a", "r"))
+            await settled()
+            if who == "the gateway":
+                rig.a.task.cancel()
+            submission.cancel()
+            await settled()
+            rig.engine.gate.set()
+            await settled()
+            assert submission.cancelled()
+            assert rig.engine.submitted == []
+            assert set(rig.engine.aborted) == {"r"}
+            await told()
+            assert others(rig.b) == [InFlight()]
+
+    simulate(main)
+
+
+@pytest.mark.parametrize("call", ["abort", "release"])
+def test_other_calls_that_the_engine_does_not_take_fail_after_a_while(call: str) -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            await rig.submit("a", "r")
+            rig.engine.gate = asyncio.Event()
+            with pytest.raises(EngineGoneError, match="did not take a call within"):
+                await (rig.worker.abort("a", ["r"]) if call == "abort" else rig.worker.release("release-r", HANDOFF))
+            assert now_s() == pytest.approx(ENGINE_CALL_TIMEOUT_S)
+
+    simulate(main)
+
+
+def test_a_gateway_can_attach_again_although_the_engine_takes_no_call() -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            await rig.submit("a", "r")
+            rig.engine.gate = asyncio.Event()
+            again = Gateway(rig.worker, "a")
+            await told_a_while_ago(ENGINE_CALL_TIMEOUT_S)
+            assert rig.a.task.done()
+            assert again.reports
+            await again.vanish()
 
     simulate(main)

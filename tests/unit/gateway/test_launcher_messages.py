@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway import launcher
+from gateway import client, launcher
 from gateway.runtime import confine
 from gateway.runtime.environment import RunPaths, environment, variables
 from gateway.runtime.events import AppStatus, DeploymentState
@@ -136,3 +136,63 @@ def test_haproxys_longest_socket_path_fits() -> None:
     paths = RunPaths(base / "65535")
     socket = paths.haproxy / ("n" * 56) / "a.sock"
     assert len(str(socket)) <= 97
+
+
+# when a run is complete
+
+
+def pools(prefill: list[bool], decode: list[bool]) -> dict[str, list[dict[str, bool]]]:
+    return {"prefill": [{"ready": ready} for ready in prefill], "decode": [{"ready": ready} for ready in decode]}
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode", "missing"),
+    [
+        ([True], [True, True], ""),
+        ([True, True], [True, True, False], ""),
+        ([False], [True, True], "0 of 1 prefill replicas are ready"),
+        ([], [True, False], "0 of 1 prefill replicas and 1 of 2 decode replicas are ready"),
+    ],
+)
+def test_a_gateway_lacks_what_is_not_ready(prefill: list[bool], decode: list[bool], missing: str) -> None:
+    status = {"pools": pools(prefill, decode)}
+    assert client.missing_replicas(status, {"prefill": 1, "decode": 2}) == missing
+
+
+def test_a_gateway_that_says_nothing_of_its_pools_lacks_all_of_them() -> None:
+    assert client.missing_replicas({}, {"prefill": 0, "decode": 1}) == "0 of 1 decode replicas are ready"
+
+
+def test_a_run_is_complete_when_every_gateway_has_seen_all_replicas_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    two_gateways = settings().model_copy(update={"gateway": settings().gateway.model_copy(update={"replicas": 2})})
+    answers = iter(
+        [
+            client.GatewayError("http://127.0.0.1:8000 did not answer in time"),
+            {"gateway": "one", "pools": pools([], [False])},
+            {"gateway": "two", "pools": pools([], [True])},
+            {"gateway": "one", "pools": pools([], [True])},
+        ]
+    )
+
+    def status(url: str, timeout_s: float) -> dict[str, object]:
+        assert url == "http://127.0.0.1:8000"
+        answer = next(answers)
+        if isinstance(answer, client.GatewayError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(client, "status", status)
+    watch = launcher.PoolWatch(two_gateways)
+    assert [watch.look() for _ in range(4)] == [
+        "http://127.0.0.1:8000 did not answer in time",
+        "0 of 1 decode replicas are ready",
+        "0 of 1 decode replicas are ready",
+        "",
+    ]
+
+
+def test_a_run_is_not_complete_before_every_gateway_has_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    two_gateways = settings().model_copy(update={"gateway": settings().gateway.model_copy(update={"replicas": 2})})
+    monkeypatch.setattr(client, "status", lambda url, timeout_s: {"gateway": "one", "pools": pools([], [True])})
+    watch = launcher.PoolWatch(two_gateways)
+    assert {watch.look() for _ in range(3)} == {"1 of 2 gateways have answered"}

@@ -481,6 +481,21 @@ def test_a_rejection_replaces_the_response_with_its_own(status: int, path: str, 
     simulate(main)
 
 
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_rejection_that_the_application_raises_says_when_to_try_again(begun: bool) -> None:
+    async def main() -> None:
+        def rejected(request: context.RequestContext) -> None:
+            request.next_receipt_id()
+            request.rejection = REJECTIONS[429]
+            raise RuntimeError("as vLLM's stream of responses does")
+
+        exchange = await respond(*([start_of(), chunk(b"event: created")] if begun else []), rejected)
+        assert (exchange.status, exchange.response_headers["retry-after"]) == (429, "7")
+        assert exchange.json()["error"]["message"] == REJECTIONS[429].reason
+
+    simulate(main)
+
+
 def test_a_failure_before_the_first_token_gives_a_stream_its_own_status() -> None:
     async def main() -> None:
         exchange = await respond(start_of(), failed, chunk(b"data: {error}\n\n"), chunk(b"", more=False))
