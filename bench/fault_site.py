@@ -98,6 +98,11 @@ class Site:
                 found.append(ProcessView(id.pid, process.ppid(), title))
         return found
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing of it runs any more, `baton serve` included."""
+        return not self._system.processes()
+
     def pids_of(self, part: Victim) -> list[int]:
         """The newest first."""
         pids = [pid for pid, found in parts(self.processes()).items() if found.value == part.value]
@@ -169,7 +174,7 @@ class Site:
         """Why the run is not as it was when it was new: whole, empty, reachable, and no process too many."""
         views = await self.views()
         if why := self.not_whole_of(views) or not_empty(views):
-            return why
+            return "baton serve has ended" if self.has_ended else why
         if not await self.front_door_opens():
             return "HAProxy does not answer"
         return not_tidy(self.processes(), self.size, self._usual_others)
@@ -234,7 +239,9 @@ def _recipe(config: Path) -> Recipe:
     (port,) = free_ports(LOOPBACK)
     argv = [sys.executable, "-m", "bench.fault_app", str(config), str(port)]
     url = f"http://{LOOPBACK}:{port}"
-    return Recipe(url, ((Command("baton-serve", argv, dict(os.environ), f"{url}/v1/models"),),))
+    # Until `baton serve` says that it is ready, the loss of a replica is the failure of its start.
+    command = Command("baton-serve", argv, dict(os.environ), f"{url}/v1/models", "Ctrl-C stops it")
+    return Recipe(url, ((command,),))
 
 
 def _listening(pid: int) -> list[int]:

@@ -403,6 +403,8 @@ class CaseRun:
                 wrong = "HAProxy does not answer"
             if not wrong:
                 return round(time.monotonic() - from_s, 3), ""
+            if self._site.has_ended:
+                return None, "baton serve has ended"
             await asyncio.sleep(POLL_S * 5)
         return None, wrong
 
@@ -505,7 +507,7 @@ class Experiment:
         if site is not None:
             deadline_s = time.monotonic() + WELL_TIMEOUT_S
             while why := await site.not_well():
-                if time.monotonic() > deadline_s:
+                if time.monotonic() > deadline_s or site.has_ended:
                     self._say(f"a new run is started: {escape(why)}")
                     await site.stop()
                     break
