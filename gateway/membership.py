@@ -152,11 +152,15 @@ class Membership:
                 async with asyncio.timeout(None) as stream:
                     self._streams[replica.replica_id] = stream
                     self._hear(replica.replica_id)
+                    is_warming = False
                     async for report in self._transport.reports(replica.replica_id):
                         self._hear(replica.replica_id)
-                        self._take(report, stream)
-                        if report.sequence == 0:
-                            failures = 0
+                        is_silent = report.engine_silent_s >= self._config.engine_timeout_s
+                        if is_silent and (replica.ready or replica.in_flight):
+                            stream.reschedule(asyncio.get_running_loop().time())
+                        self._take(report)
+                        if not (is_silent or is_warming):
+                            is_warming, failures = True, 0
                             self._spawn(self._make_ready(replica))
             except ReplicaGoneError as error:
                 log.warning("report stream of %s broke: %s", replica.replica_id, error)
@@ -181,10 +185,8 @@ class Membership:
             await asyncio.sleep(REATTACH_PAUSE_S[min(failures, len(REATTACH_PAUSE_S) - 1)])
             failures += 1
 
-    def _take(self, report: WorkerReport, stream: asyncio.Timeout) -> None:
+    def _take(self, report: WorkerReport) -> None:
         self._cluster.fold(report)
-        if report.engine_silent_s >= self._config.engine_timeout_s:
-            stream.reschedule(asyncio.get_running_loop().time())
         if self._probes:
             for delta in report.deltas:
                 if (probe := self._probes.get(delta.request_id)) and delta.finish_reason is not None:

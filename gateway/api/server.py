@@ -1,6 +1,7 @@
 """Owns the HTTP application: vLLM's OpenAI server over the cluster, cut down to Baton's routes."""
 
 import asyncio
+import logging
 import os
 from argparse import Namespace
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from engine.protocol import Phase
 from engine.vllm_codec import SamplingPayload, encode_sampling
 from gateway import metrics, scrape
-from gateway.api import fields
+from gateway.api import context, fields
 from gateway.api.engine_client import SplitEngineClient
 from gateway.api.middleware import Departure, Intake, ResponseStart, error_body
 from gateway.cluster import Replica
@@ -33,6 +34,22 @@ from gateway.orchestrator import Orchestrator
 from gateway.peers import Peers
 
 TASKS = ("generate",)
+
+LOGS_OF_REFUSALS = (
+    "vllm.entrypoints.anthropic.api_router",
+    "vllm.entrypoints.anthropic.serving",
+    "vllm.entrypoints.openai.chat_completion.serving",
+    "vllm.entrypoints.openai.completion.serving",
+)
+"""Where vLLM logs, with its trace, the error that ends a request."""
+
+
+class NotRefused(logging.Filter):
+    """Drops what is logged of a refused request: there may be thousands, and `gateway.refusals` sums them up."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        request = context.current.get()
+        return request is None or request.rejection is None
 
 
 @dataclass(frozen=True)
@@ -51,6 +68,9 @@ class ServerConfig:
     max_choices: int
     send_timeout_s: float
     enable_docs: bool
+
+
+NOT_REFUSED = NotRefused()
 
 
 def warm_up_sampling() -> bytes:
@@ -96,6 +116,8 @@ async def make_app(config: ServerConfig, orchestrator: Orchestrator, peers: Peer
     await init_app_state(client, app.state, args, TASKS)
     # vLLM's handler of engine errors tells the uvicorn server it expects here to exit; Serve owns ours.
     app.state.server = SimpleNamespace()
+    for name in LOGS_OF_REFUSALS:
+        logging.getLogger(name).addFilter(NOT_REFUSED)
     _add_baton_routes(app, config, orchestrator, peers)
     keep_routes(app, config.enable_docs)
     for status in (404, 405):

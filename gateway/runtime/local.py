@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -83,6 +84,7 @@ class LocalRun:
         self._build = build
         self._failed_logs = base / f"failed-{settings.gateway.port}"
         self._claimed = False
+        self._began_s = time.time()
         self._driver: subprocess.Popen[bytes] | None = None
         self._events_fd: int | None = None
         self._buffer = b""
@@ -177,6 +179,7 @@ class LocalRun:
             processes.end_processes(self._remaining, is_forced)
             with suppress(subprocess.TimeoutExpired):
                 driver.wait(timeout=1)
+            processes.remove_orphaned_semaphores(self._began_s)
         kept = self._keep_logs() if keep_logs else None
         shutil.rmtree(self.paths.root, ignore_errors=True)
         return kept

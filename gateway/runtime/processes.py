@@ -312,6 +312,24 @@ def _command(pid: int) -> str:
 
 
 _SHARED_MEMORY = "/dev/shm"
+_SEMAPHORE = "sem.mp-"
+"""How the names of Python's multiprocessing semaphores begin."""
+
+
+def remove_orphaned_semaphores(since_s: float) -> None:
+    """Removes this user's semaphores that were made since then, by the wall clock, and that no living process has:
+    engines that are killed together with their resource trackers leave them behind."""
+    with suppress(OSError):
+        ours = {
+            entry.inode(): entry.path
+            for entry in os.scandir(_SHARED_MEMORY)
+            if entry.name.startswith(_SEMAPHORE)
+            and (facts := entry.stat(follow_symlinks=False)).st_uid == os.getuid()
+            and facts.st_ctime >= since_s
+        }
+        if ours:
+            for inode in ours.keys() - _shared_memory_of(facts.id for facts in gather_processes()):
+                os.unlink(ours[inode])
 
 
 def _shared_memory_of(processes: Iterable[ProcessId]) -> set[int]:

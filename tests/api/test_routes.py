@@ -1,6 +1,7 @@
 """Clients reach the routes of the allow-list and nothing else, and every field of vLLM's requests is decided on."""
 
 import dataclasses
+import logging
 
 import pytest
 from fastapi import FastAPI
@@ -152,6 +153,31 @@ async def test_a_refused_request_is_counted_and_leaves_nothing_on_the_front_ends
         assert response.status_code == 503
         assert rejections() == before + 1
     assert app.state.engine_client.output_processor.get_num_unfinished_requests() == 0
+
+
+async def test_a_refused_request_leaves_no_trace_in_the_log_for_there_may_be_thousands(client):
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign]
+    loggers = [logging.getLogger(name) for name in (*logging.Logger.manager.loggerDict, "root")]
+    vllms = [logger for logger in loggers if logger.name.startswith(("vllm", "root"))]
+    body = {"model": "baton-mini", "max_tokens": 4, "messages": [{"role": "user", "content": "Hello"}]}
+    for logger in vllms:
+        logger.addHandler(handler)
+    try:
+        for stream in (False, True):
+            for path, more in (
+                ("/v1/chat/completions", body),
+                ("/v1/completions", {"model": "baton-mini", "prompt": "Hello", "max_tokens": 4}),
+                ("/v1/responses", {"model": "baton-mini", "input": "Hello"}),
+                ("/v1/messages", body),
+            ):
+                response = await client.post(path, json=more | {"stream": stream})
+                assert (response.status_code, "retry-after" in response.headers) == (503, True), path
+    finally:
+        for logger in vllms:
+            logger.removeHandler(handler)
+    assert [record.getMessage() for record in records if record.levelno >= logging.WARNING] == []
 
 
 @pytest.mark.parametrize("path", sorted(fields.ALLOWED))

@@ -47,10 +47,6 @@ class Site:
     def ready(self, pool: str) -> set[str]:
         return {replica["id"] for replica in self.replicas(pool) if replica["ready"]}
 
-    def engine(self, pool: str) -> psutil.Process:
-        ((pid,),) = (replica["info"]["pids"] for replica in self.replicas(pool))
-        return psutil.Process(pid)
-
     def is_whole_again(self, pool: str, without: set[str], since_s: float) -> None:
         def is_whole() -> bool:
             ready = self.ready(pool)
@@ -74,6 +70,11 @@ def seconds_of(output: str, state: str) -> float:
     return float(found.group(1))
 
 
+def engine_of(replica: psutil.Process) -> psutil.Process:
+    (engine,) = (child for child in replica.children() if "EngineCore" in child.name())
+    return engine
+
+
 def is_gone(process: psutil.Process) -> bool:
     try:
         return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
@@ -94,9 +95,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 
 def test_an_engine_that_dies_takes_its_replica_along_and_the_pool_is_soon_whole(site: Site) -> None:
     (replica_id,), (pid,) = site.ready("decode"), site.control.pids("decode").values()
-    replica, engine = psutil.Process(pid), site.engine("decode")
+    replica = psutil.Process(pid)
     killed_s = time.monotonic()
-    engine.send_signal(signal.SIGKILL)
+    engine_of(replica).send_signal(signal.SIGKILL)
     wait_until(lambda: not site.ready("decode"), "the gateway to know", NOTICED_S)
     wait_until(lambda: is_gone(replica), "the end of the replica", DETECTED_S - (time.monotonic() - killed_s))
     print(f"the replica is gone {time.monotonic() - killed_s:.2f} s after its engine")
@@ -105,7 +106,7 @@ def test_an_engine_that_dies_takes_its_replica_along_and_the_pool_is_soon_whole(
 
 def test_an_engine_does_not_outlive_its_replica_and_the_pool_is_soon_whole(site: Site) -> None:
     (replica_id,), (pid,) = site.ready("prefill"), site.control.pids("prefill").values()
-    engine = site.engine("prefill")
+    engine = engine_of(psutil.Process(pid))
     killed_s = time.monotonic()
     os.kill(pid, signal.SIGKILL)
     wait_until(lambda: is_gone(engine), "the end of the engine", NOTICED_S)

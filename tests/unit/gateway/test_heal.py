@@ -170,3 +170,30 @@ open({str(names)!r}, "w").write(memory.name + " sem." + lock._semlock.name.remov
     processes.end_processes(lambda: [id for id in processes.marked(owner)])
     assert child.wait(timeout=5) == -signal.SIGTERM
     assert [file.exists() for file in files] == [False, False]
+
+
+def test_semaphores_that_nobody_has_any_more_are_removed_if_they_are_of_this_time(
+    spawned: list[subprocess.Popen[bytes]], tmp_path: Path
+) -> None:
+    owner = ProcessId(os.getpid(), 1)
+
+    def semaphore_of(name: str) -> tuple[subprocess.Popen[bytes], Path]:
+        names = tmp_path / name
+        make = f"""
+import multiprocessing
+from multiprocessing import resource_tracker
+resource_tracker.register = lambda *_: None
+lock = multiprocessing.get_context("spawn").Lock()
+open({str(names)!r}, "w").write("sem." + lock._semlock.name.removeprefix("/"))
+"""
+        return spawn(spawned, owner, make), Path("/dev/shm") / names.read_text()
+
+    (killed, orphan), (_, held) = semaphore_of("killed"), semaphore_of("living")
+    since_s = orphan.stat().st_ctime
+    killed.kill()
+    killed.wait()
+    processes.remove_orphaned_semaphores(since_s + 3600)
+    assert (orphan.exists(), held.exists()) == (True, True)
+    processes.remove_orphaned_semaphores(since_s)
+    assert (orphan.exists(), held.exists()) == (False, True)
+    held.unlink()

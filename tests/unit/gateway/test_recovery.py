@@ -14,6 +14,7 @@ from tests.unit.gateway.rig import OTHER_PROMPT, PROMPT, Answer, Rig, answer_to,
 from tests.unit.virtual_time import now_s, simulate
 
 LENGTH = 60
+ENGINE_TIMEOUT_S = 20.0
 
 
 def kinds(rig: Rig, receipt_id: str) -> tuple[str, ...]:
@@ -156,22 +157,27 @@ def test_suppressed_tokens_lose_their_logprobs() -> None:
 
         async with Rig(decode=2, drop_logprobs=drop) as rig:
             request_id = rig.add(PROMPT, LENGTH)
-            told: list[bytes] = []
+            held: list[int] = []
 
             def on_report(report: WorkerReport) -> None:
-                # Two tokens at a time, and a byte of logprobs for each.
+                # A byte of logprobs for each token, and ten tokens at a time from the second attempt.
                 for index, delta in enumerate(report.deltas):
-                    if report.phase is Phase.DECODE and not delta.request_id.startswith("warm-up"):
-                        logprobs = bytes(token % 256 for token in delta.token_ids)
+                    if report.phase is Phase.DECODE and delta.request_id.startswith(request_id):
+                        token_ids = delta.token_ids
+                        if delta.request_id != request_id:
+                            held.extend(token_ids)
+                            is_due = len(held) >= 10 or delta.finish_reason is not None
+                            token_ids = held[:] if is_due else []
+                            del held[: len(token_ids)]
                         report.deltas[index] = TokenDelta(
-                            delta.request_id, delta.token_ids, delta.finish_reason, logprobs=logprobs
+                            delta.request_id, token_ids, delta.finish_reason, logprobs=bytes(t % 256 for t in token_ids)
                         )
-                        told.append(logprobs)
 
             rig.transport.on_report = on_report
             await until(lambda: len(rig.answers[request_id].token_ids) > 10, "some tokens")
             rig.engines[decode_of(rig, request_id)].die()
             await finishes_whole(rig, request_id)
+            assert dropped, "no delta brought known and new tokens together"
             logprobs = b"".join(rig.answers[request_id].logprobs)
             assert logprobs == bytes(token % 256 for token in answer_to(PROMPT, LENGTH))
 
@@ -335,22 +341,24 @@ def test_a_worker_that_falls_silent_is_put_out_and_let_back_when_it_proves_well(
     simulate(main)
 
 
-def test_an_engine_that_falls_silent_is_put_out() -> None:
+def test_an_engine_that_falls_silent_is_put_out_and_let_back_when_it_proves_well() -> None:
     async def main() -> None:
         async with Rig(decode=2) as rig:
             request_id = rig.add(PROMPT, LENGTH, resumable=True)
             await rig.writing(request_id)
             hung = decode_of(rig, request_id)
-
-            def on_report(report: WorkerReport) -> None:
-                if report.replica_id == hung:
-                    object.__setattr__(report, "engine_silent_s", 20.0)
-
-            rig.transport.on_report = on_report
+            rig.engines[hung].hang()
+            start_s = now_s()
+            await rig.finished(request_id, 30.0)
+            assert now_s() - start_s > ENGINE_TIMEOUT_S
             await finishes_whole(rig, request_id)
             assert kinds(rig, request_id) == ("decode_lost_mid_stream",)
-            rig.transport.on_report = lambda report: None
-            await rig.ready(hung)
+            replica = rig.cluster.get(hung)
+            assert replica
+            await asyncio.sleep(30.0)
+            assert not replica.ready
+            rig.engines[hung].go_on()
+            await until(lambda: replica.ready, "it to be let back", 60.0)
 
     simulate(main)
 
