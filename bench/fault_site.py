@@ -37,7 +37,7 @@ from gateway.settings import Settings
 
 STATUS_TIMEOUT_S = 2.0
 POLL_S = 0.03
-LOOK_UP_S = 0.5
+LOOK_UP_S, LOOK_UP_SOON_S = 5.0, 0.3
 LOG_TAIL_BYTES = 200_000
 COLD_START_TIMEOUT_S = 300.0
 
@@ -121,10 +121,13 @@ class Site:
     async def views(self) -> Views:
         """Of every gateway that answers; one that hangs is left out after a moment."""
         found = await asyncio.gather(*(self._view(pid) for pid in self._gateways()))
-        return [view for view in found if view is not None]
+        views = [view for view in found if view is not None]
+        if len(views) < self.size.gateways:
+            self._looked_up_s = min(self._looked_up_s, time.monotonic() - LOOK_UP_S + LOOK_UP_SOON_S)
+        return views
 
     def _gateways(self) -> list[int]:
-        """Looked up now and then: reading the table of all processes takes its time."""
+        """Looked up now and then, sooner if one is missing: reading the table of all processes takes its time."""
         now_s = time.monotonic()
         if now_s - self._looked_up_s > LOOK_UP_S:
             self._gateway_pids, self._looked_up_s = self.pids_of(Victim.GATEWAY), now_s
