@@ -209,6 +209,14 @@ class Site:
                         (folder / file.name).write_bytes(data.read())
 
 
+def is_running(pid: int) -> bool:
+    """Whether a process lives; one that has ended and was not waited for does not."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
 async def wait_for(condition: Callable[[], object], timeout_s: float, poll_s: float = POLL_S) -> bool:
     """Whether it held within the time."""
     deadline_s = time.monotonic() + timeout_s

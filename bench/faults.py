@@ -35,7 +35,7 @@ from bench.fault_report import (
     state_hit,
     whole_limit_s,
 )
-from bench.fault_site import POLL_S, Site, measure_cold_start_s, wait_for
+from bench.fault_site import POLL_S, Site, is_running, measure_cold_start_s, wait_for
 from bench.fault_view import Views, held_by_gateway, in_flight, load_of, not_empty, replicas_of, rise
 from gateway.settings import Settings
 
@@ -355,7 +355,8 @@ class CaseRun:
             await self._drained(_deployment(case))
             from_s = time.monotonic()
             await site.scale(_deployment(case), 2)
-        whole_s, not_whole = await self._whole(from_s)
+        gone = [process.pid for process in struck] if case.blow in (Blow.KILL, Blow.TERM) else []
+        whole_s, not_whole = await self._whole(from_s, gone)
         kv_all_back_s, kv_all_wrong = await self._empty(())
         return Observed(
             state=self._stage.state,
@@ -395,10 +396,13 @@ class CaseRun:
                 return
             await asyncio.sleep(POLL_S)
 
-    async def _whole(self, from_s: float) -> tuple[float | None, str]:
+    async def _whole(self, from_s: float, gone: Sequence[int]) -> tuple[float | None, str]:
+        """How long it takes until everything is there and what was struck is gone, and else what is missing."""
         wrong = ""
         while time.monotonic() - from_s < WHOLE_TIMEOUT_S:
             wrong = self._site.not_whole_of(await self._site.views())
+            if not wrong and (living := [pid for pid in gone if is_running(pid)]):
+                wrong = f"the processes {living} were told to end and have not"
             if not wrong and not await self._site.front_door_opens():
                 wrong = "HAProxy does not answer"
             if not wrong:
