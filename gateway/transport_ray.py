@@ -127,11 +127,6 @@ class RayTransport:
         self._links: dict[str, _Link] = {}
         self._loop = asyncio.get_running_loop()
 
-    async def connect(self, timeout_s: float) -> None:
-        """Makes Ray's routers learn their pools. Raises TimeoutError."""
-        async with asyncio.timeout(timeout_s):
-            await asyncio.gather(*(handle.hello.remote() for handle in self._handles.values()))
-
     def watch(self, changed: Callable[[Members], None]) -> None:
         def tell() -> None:
             self._loop.call_soon_threadsafe(lambda: changed(self._members()))
