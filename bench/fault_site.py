@@ -165,7 +165,9 @@ class Site:
 
     async def front_door_opens(self) -> bool:
         with suppress(httpx.HTTPError):
-            return (await self._http.get(f"{self.url}/baton/status")).status_code == 200
+            # A connection that is kept would keep an HAProxy that was replaced.
+            response = await self._http.get(f"{self.url}/baton/status", headers={"connection": "close"})
+            return response.status_code == httpx.codes.OK
         return False
 
     # -- conditions
