@@ -18,7 +18,7 @@ SHORT_PROMPT_TOKENS = 48
 LONG_PROMPT_TOKENS = 6000
 """Some seconds of prefill on a shared core: long enough to be met there."""
 
-ANSWER_TOKENS = 1000
+ANSWER_TOKENS = 600
 """Some seconds on shared cores: long enough to be met in mid-stream."""
 
 LATE_TOKENS = 24
@@ -228,7 +228,7 @@ class Asks:
 
     def _chat(self, name: str, **more: Any) -> Ask:
         content = " ".join(self._rng.choice(WORDS) for _ in range(12))
-        body = {"messages": [{"role": "user", "content": f"Note these words: {content}"}], "max_tokens": 2000}
+        body = {"messages": [{"role": "user", "content": f"Note these words: {content}"}], "max_tokens": ANSWER_TOKENS}
         return Ask(name, CHAT, _body(**body, **more))
 
 

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -172,8 +172,8 @@ class Site:
 
     # -- conditions
 
-    def not_whole_of(self, views: Views) -> str:
-        return not_whole(views, self.size)
+    def not_whole_of(self, views: Views, without: Collection[str] = ()) -> str:
+        return not_whole(views, self.size, without)
 
     async def not_well(self) -> str:
         """Why the run is not as it was when it was new: whole, empty, reachable, and no process too many."""

@@ -1,7 +1,7 @@
 """Owns how a run under faults is seen: what gateways say of the pools, and which process is what. Pure."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -118,8 +118,12 @@ class Size:
     decode: int
 
 
-def not_whole(views: Views, size: Size) -> str:
-    """Why the run is not whole as its gateways see it; empty if it is: all are there and know all."""
+def not_whole(views: Views, size: Size, without: Collection[str] = ()) -> str:
+    """Why the run is not whole as its gateways see it; empty if it is: all are there and know all, and nobody knows any
+    of `without`, which have died."""
+    for view in views:
+        if dead := {view.gateway, *view.gateways, *(replica.id for replica in view.replicas())} & set(without):
+            return f"{view.gateway} knows {sorted(dead)} still"
     if len(views) != size.gateways:
         return f"{len(views)} of {size.gateways} gateways answer"
     members = sorted(view.gateway for view in views)

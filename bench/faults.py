@@ -35,7 +35,7 @@ from bench.fault_report import (
     state_hit,
     whole_limit_s,
 )
-from bench.fault_site import POLL_S, Site, is_running, measure_cold_start_s, wait_for
+from bench.fault_site import LOOK_UP_S, POLL_S, Site, is_running, measure_cold_start_s, wait_for
 from bench.fault_view import Views, held_by_gateway, in_flight, load_of, not_empty, replicas_of, rise
 from gateway.settings import Settings
 
@@ -342,21 +342,31 @@ class CaseRun:
         names = {process.replica for process in struck if process.replica and case.victim in ENGINES}
         if case.is_whole_pool:
             names = set(replicas_of(await site.views(), _deployment(case)))
+        gone = _Gone()
+        if case.blow in (Blow.KILL, Blow.TERM):
+            known = names | {process.replica for process in struck if process.replica}
+            gone = _Gone(tuple(process.pid for process in struck), frozenset(known))
+        is_held = case.blow is Blow.STOP and case.victim in ENGINES
         from_s = blow_s
-        if case.blow is Blow.STOP and case.victim not in ENGINES:
+        if case.blow is Blow.STOP and not is_held:
             await asyncio.sleep(STOPPED_S)
             from_s = self._continue(struck)
-        in_time = case.blow is Blow.STOP and case.victim in ENGINES
-        await all_ended(clients, STOPPED_AT_MOST_S if in_time else ANSWERS_TIMEOUT_S)
+        # Its time counts from the blow, whatever becomes of the answers meanwhile.
+        is_struck_for_good = not is_held and case.blow is not Blow.DRAIN
+        watch = asyncio.create_task(self._whole(from_s, gone)) if is_struck_for_good else None
+        await all_ended(clients, STOPPED_AT_MOST_S if is_held else ANSWERS_TIMEOUT_S)
         kv_back_s, kv_wrong = await self._empty(names)
-        if in_time:
+        if is_held:
             from_s = self._continue(struck)
         if case.blow is Blow.DRAIN:
             await self._drained(_deployment(case))
             from_s = time.monotonic()
             await site.scale(_deployment(case), 2)
-        gone = [process.pid for process in struck] if case.blow in (Blow.KILL, Blow.TERM) else []
-        whole_s, not_whole = await self._whole(from_s, gone)
+        whole_s, not_whole = await (watch or self._whole(from_s, gone))
+        if whole_s is not None and watch is not None:
+            # It was whole once; it must be whole now.
+            _, not_whole = await self._whole(time.monotonic(), gone)
+            whole_s = None if not_whole else whole_s
         kv_all_back_s, kv_all_wrong = await self._empty(())
         return Observed(
             state=self._stage.state,
@@ -396,19 +406,21 @@ class CaseRun:
                 return
             await asyncio.sleep(POLL_S)
 
-    async def _whole(self, from_s: float, gone: Sequence[int]) -> tuple[float | None, str]:
-        """How long it takes until everything is there and what was struck is gone, and else what is missing."""
-        wrong = ""
+    async def _whole(self, from_s: float, gone: "_Gone") -> tuple[float | None, str]:
+        """How long it takes until everything is there and what has died is forgotten, and else what is missing."""
+        wrong, looked_s = "", time.monotonic()
         while time.monotonic() - from_s < WHOLE_TIMEOUT_S:
-            wrong = self._site.not_whole_of(await self._site.views())
-            if not wrong and (living := [pid for pid in gone if is_running(pid)]):
+            wrong = self._site.not_whole_of(await self._site.views(), gone.ids)
+            if not wrong and (living := [pid for pid in gone.pids if is_running(pid)]):
                 wrong = f"the processes {living} were told to end and have not"
             if not wrong and not await self._site.front_door_opens():
                 wrong = "HAProxy does not answer"
             if not wrong:
                 return round(time.monotonic() - from_s, 3), ""
-            if self._site.has_ended:
-                return None, "baton serve has ended"
+            if time.monotonic() - looked_s > LOOK_UP_S:
+                looked_s = time.monotonic()
+                if self._site.has_ended:
+                    return None, "baton serve has ended"
             await asyncio.sleep(POLL_S * 5)
         return None, wrong
 
@@ -432,6 +444,14 @@ class CaseRun:
         await all_ended(clients, ANSWERS_TIMEOUT_S)
         found = {client.ask.name: client.answer for client in clients}
         return found | {name: found[flood[0]] for name in flood}
+
+
+@dataclass(frozen=True)
+class _Gone:
+    """Processes that must end, and the ids of the replicas and gateways that end with them."""
+
+    pids: tuple[int, ...] = ()
+    ids: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

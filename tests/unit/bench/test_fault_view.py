@@ -59,6 +59,13 @@ def test_what_is_missing_of_a_run_is_named(views: list[GatewayView], words: str)
     assert words in not_whole(views, SIZE)
 
 
+def test_a_run_is_not_whole_while_a_gateway_knows_somebody_who_has_died() -> None:
+    views = [gateway("a", *EVERYONE), gateway("b", *EVERYONE)]
+    assert not_whole(views, SIZE, without={"somebody else"}) == ""
+    assert not_whole(views, SIZE, without={"decode-0"}) == "a knows ['decode-0'] still"
+    assert not_whole(views, SIZE, without={"b"}) == "a knows ['b'] still"
+
+
 def test_engines_are_empty_when_every_gateway_says_so() -> None:
     idle, busy = gateway("a", *EVERYONE), gateway("b", *EVERYONE[:2], replica("decode-1", used=3))
     assert not_empty([idle, idle]) == ""
