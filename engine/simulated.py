@@ -219,6 +219,8 @@ class SimulatedEngine:
         self._load_read = self._load()
         self._gone: str | None = None
         self._wake = asyncio.Event()
+        self._may_go_on = asyncio.Event()
+        self._may_go_on.set()
         self._news = asyncio.Event()
         self._block_news = asyncio.Event()
         self._loop = asyncio.get_running_loop()
@@ -233,6 +235,11 @@ class SimulatedEngine:
     def cached_blocks(self) -> Set[bytes]:
         """What the engine really has cached, for whoever checks what it tells."""
         return self._pool.cached
+
+    @property
+    def load(self) -> EngineLoad:
+        """What the load really is, for whoever checks what it tells."""
+        return self._load()
 
     async def submit(self, request: EngineRequest) -> None:
         self._check_alive()
@@ -291,6 +298,14 @@ class SimulatedEngine:
         """Simulates the death of the engine's processes, in the middle of whatever it does."""
         self._end("died")
 
+    def hang(self) -> None:
+        """Simulates an engine that stops between two steps: it takes requests, and nothing comes of them."""
+        self._may_go_on.clear()
+
+    def go_on(self) -> None:
+        """Ends `hang`."""
+        self._may_go_on.set()
+
     def lose_block_changes(self) -> None:
         """Simulates cache events that are lost for good: whatever was told of blocks does not hold any more."""
         self._pool.forget_told()
@@ -321,6 +336,8 @@ class SimulatedEngine:
     async def _run(self) -> None:
         try:
             while True:
+                if not self._may_go_on.is_set():
+                    await self._may_go_on.wait()
                 self._wake.clear()
                 self._expire_leases()
                 self._finish_pulls()
