@@ -1,4 +1,8 @@
-"""Owns the faults of a simulated world: one after the other, each when the world is whole again, drawn from a seed."""
+"""Owns the faults of a simulated world: one after the other, each when the world is whole again, drawn from a seed.
+
+Single faults are what costs no client anything. A long request may meet several of them one after the other, and the
+life cycle gives it up at the loss of its fifth placement: until it has ended, there is no further fault.
+"""
 
 import asyncio
 import random
@@ -8,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from bench.network import Node
 from engine.protocol import Phase
-from gateway.lifecycle import SequenceState, Stage
+from gateway.lifecycle import MAX_PLACEMENTS, SequenceState, Stage
 
 if TYPE_CHECKING:
     from bench.world import World
@@ -108,18 +112,31 @@ class Faults:
     def __init__(self, world: "World", draw: random.Random):
         self._world = world
         self._draw = draw
+        wanted = world.plan.kinds
+        self._kinds = [kind for kind in Kind if wanted is None or kind in wanted]
+        self._deck = list(self._kinds)
+        self._draw.shuffle(self._deck)
 
     async def run(self) -> None:
         world = self._world
-        while world.plan.faults and not world.is_stopping:
+        while self._kinds and not world.is_stopping:
             await asyncio.sleep(self._draw.uniform(*GAP_S))
-            (kind,) = self._draw.choices(list(WEIGHTS), list(WEIGHTS.values()))
+            if any(sequence.state.num_placements >= MAX_PLACEMENTS for _, sequence in world.sequences()):
+                continue
+            kind = self._next()
             await self._break(kind)
             try:
                 await world.until_whole()
             except TimeoutError:
                 world.problem("left_behind", f"the pools did not become whole again after: {kind}")
                 return
+
+    def _next(self) -> Kind:
+        """Kinds are dealt like cards, first one of each, so that the rare ones come too."""
+        if not self._deck:
+            self._deck = [kind for kind in self._kinds for _ in range(WEIGHTS[kind])]
+            self._draw.shuffle(self._deck)
+        return self._deck.pop()
 
     async def _break(self, kind: Kind) -> None:
         world, draw = self._world, self._draw

@@ -19,6 +19,9 @@ from gateway.transport import Members, ReplicaGoneError
 
 CALL_TIMEOUT_S = 10.0
 MAX_DELAY_S = 0.004
+SLOW_SHARE = 0.03
+MAX_SLOW_DELAY_S = 0.6
+"""Longer than an engine's step: what belongs together is then torn apart."""
 ORDER_S = 1e-9
 """Reports of one link arrive at least so far apart: timers that are due at once run in no order."""
 
@@ -76,7 +79,8 @@ class Network:
             self._transports.remove(transport)
 
     def delay_s(self) -> float:
-        return self._draw.random() * MAX_DELAY_S
+        slow = self._draw.random() < SLOW_SHARE
+        return self._draw.random() * (MAX_SLOW_DELAY_S if slow else MAX_DELAY_S)
 
     def draw_bool(self) -> bool:
         return self._draw.random() < 0.5

@@ -194,6 +194,7 @@ def table(report: SoakReport) -> Table:
         ("gone with their gateway, not counted", f"{counts.lost_with_gateway:,}"),
         ("hand-offs whose lease had to end", f"{counts.leases_ended:,}"),
         ("virtual time", f"{counts.virtual_s / 3600:,.1f} h"),
+        ("CPU time; requests per CPU second", f"{counts.cpu_s:,.0f} s; {_share(counts.requests, counts.cpu_s):,.0f}"),
         ("real time; requests per second", f"{report.took_s:,.0f} s; {report.requests_per_s:,.0f}"),
         *((f"fault: {kind}", f"{number:,}") for kind, number in counts.faults.items()),
         *((f"receipts: {kind}", f"{number:,}") for kind, number in counts.fault_kinds.items()),

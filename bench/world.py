@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import logging
 import random
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -75,7 +76,8 @@ class WorldPlan:
     resumable_share: float = 0.5
     choices_share: float = 0.04
     leaving_share: float = 0.04
-    faults: bool = True
+    kinds: frozenset[str] | None = None
+    """Which faults there are (`bench.faults.Kind`); None: all."""
 
 
 @dataclass
@@ -103,6 +105,7 @@ class Counts:
     left_behind: int = 0
     leases_ended: int = 0
     virtual_s: float = 0.0
+    cpu_s: float = 0.0
     faults: dict[str, int] = field(default_factory=dict[str, int])
     fault_kinds: dict[str, int] = field(default_factory=dict[str, int])
 
@@ -380,7 +383,7 @@ class World:
     async def run(self) -> WorldResult:
         from bench.faults import Faults
 
-        errors = _Errors(self)
+        began_cpu_s, errors = time.process_time(), _Errors(self)
         logging.getLogger("baton").addHandler(errors)
         self._loop.set_exception_handler(lambda _, context: self.problem("failed", f"unnoticed: {context}"))
         try:
@@ -403,6 +406,7 @@ class World:
             logging.getLogger("baton").removeHandler(errors)
         counts = self.counts
         counts.virtual_s = self._loop.time()
+        counts.cpu_s = time.process_time() - began_cpu_s
         counts.report_messages = self.network.num_reports
         counts.fault_kinds = dict(sorted(self._kinds.items()))
         return WorldResult(self.seed, counts, self._digest.hexdigest(), tuple(self._problems))
