@@ -487,7 +487,11 @@ class World:
         counts.hit += ask.is_hit
         counts.touched += bool(kinds) or ask.is_hit
         self.log(ask.request_id, status, num_deltas, kinds)
-        if not ask.has_left:
+        if ask.has_left:
+            whole = expected_answer(ENGINE, ask.prompt, ask.length)
+            if any(answer.tokens != whole[: len(answer.tokens)] for answer in ask.answers.values()):
+                self.problem("wrong", f"{ask.request_id} was answered wrongly before its client left")
+        else:
             counts.answered += 1
             if status != "finished" or (outcome and outcome.output_tokens != ask.length * len(ask.answers)):
                 self.problem("wrong", f"the receipt of {ask.request_id} says {outcome}")

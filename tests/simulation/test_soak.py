@@ -5,6 +5,7 @@ longer than a minute of a busy core: that is enough for every kind of fault, sev
 """
 
 import asyncio
+import multiprocessing
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -14,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from bench.soak import simulate
-from bench.soak_report import total
+from bench.soak import run, simulate
+from bench.soak_report import SoakPlan, total
 from bench.world import Counts, WorldPlan, WorldResult
 from bench.world_faults import Kind
 from engine.protocol import BlockChanges, FinishReason
@@ -235,3 +236,28 @@ def test_a_world_in_which_nothing_can_happen_any_more_is_a_failure(monkeypatch: 
     result = simulate(only(), 0)
     assert result.counts.failed == 1
     assert "the world ended with" in result.problems[0]
+
+
+# -- the experiment around the worlds
+
+
+def test_worlds_are_the_same_in_whichever_process_they_run() -> None:
+    plan = SoakPlan(requests=250, seed=5, shards=2, world_requests=100)
+    results: list[WorldResult] = []
+    run(plan, results.append)
+    assert {(result.seed, result.digest) for result in results} == {
+        (seed, simulate(WorldPlan(requests), seed).digest) for seed, requests in plan.worlds()
+    }
+
+
+def test_an_interrupt_ends_all_processes_and_keeps_the_worlds_that_have_ended() -> None:
+    results: list[WorldResult] = []
+
+    def took(result: WorldResult) -> None:
+        results.append(result)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(SoakPlan(requests=10_000, seed=5, shards=2, world_requests=100), took)
+    assert len(results) == 1
+    assert not multiprocessing.active_children()
