@@ -200,7 +200,7 @@ class Asks:
             case Kind.LOGPROBS:
                 return _completion("target", prompt, max_tokens, temperature=0.8, seed=7, logprobs=3)
             case Kind.SCHEMA:
-                schema = {"type": "json_schema", "json_schema": {"name": "words", "schema": _words(60)}}
+                schema = {"type": "json_schema", "json_schema": {"name": "words", "schema": _words(200)}}
                 return self._chat("target", response_format=schema)
 
     def blockers(self) -> list[Ask]:
@@ -223,13 +223,12 @@ class Asks:
         return [self._rng.randrange(LOWEST_TOKEN, HIGHEST_TOKEN) for _ in range(num_tokens)]
 
     def _tool_call(self, name: str) -> Ask:
-        function = {"name": "note", "description": "Notes words.", "parameters": _words(40)}
-        choice = {"type": "function", "function": {"name": "note"}}
-        return self._chat(name, tools=[{"type": "function", "function": function}], tool_choice=choice)
+        function = {"name": "note", "description": "Notes words.", "parameters": _words(100)}
+        return self._chat(name, tools=[{"type": "function", "function": function}], tool_choice="required")
 
     def _chat(self, name: str, **more: Any) -> Ask:
         content = " ".join(self._rng.choice(WORDS) for _ in range(12))
-        body = {"messages": [{"role": "user", "content": f"Note these words: {content}"}], "max_tokens": 900}
+        body = {"messages": [{"role": "user", "content": f"Note these words: {content}"}], "max_tokens": 2000}
         return Ask(name, CHAT, _body(**body, **more))
 
 

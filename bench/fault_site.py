@@ -37,7 +37,7 @@ from gateway.settings import Settings
 
 STATUS_TIMEOUT_S = 2.0
 POLL_S = 0.03
-LOOK_UP_S = 0.5
+LOOK_UP_S, LOOK_UP_SOON_S = 5.0, 0.3
 LOG_TAIL_BYTES = 200_000
 COLD_START_TIMEOUT_S = 300.0
 
@@ -98,6 +98,11 @@ class Site:
                 found.append(ProcessView(id.pid, process.ppid(), title))
         return found
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing of it runs any more, `baton serve` included."""
+        return not self._system.processes()
+
     def pids_of(self, part: Victim) -> list[int]:
         """The newest first."""
         pids = [pid for pid, found in parts(self.processes()).items() if found.value == part.value]
@@ -116,10 +121,13 @@ class Site:
     async def views(self) -> Views:
         """Of every gateway that answers; one that hangs is left out after a moment."""
         found = await asyncio.gather(*(self._view(pid) for pid in self._gateways()))
-        return [view for view in found if view is not None]
+        views = [view for view in found if view is not None]
+        if len(views) < self.size.gateways:
+            self._looked_up_s = min(self._looked_up_s, time.monotonic() - LOOK_UP_S + LOOK_UP_SOON_S)
+        return views
 
     def _gateways(self) -> list[int]:
-        """Looked up now and then: reading the table of all processes takes its time."""
+        """Looked up now and then, sooner if one is missing: reading the table of all processes takes its time."""
         now_s = time.monotonic()
         if now_s - self._looked_up_s > LOOK_UP_S:
             self._gateway_pids, self._looked_up_s = self.pids_of(Victim.GATEWAY), now_s
@@ -157,7 +165,9 @@ class Site:
 
     async def front_door_opens(self) -> bool:
         with suppress(httpx.HTTPError):
-            return (await self._http.get(f"{self.url}/baton/status")).status_code == 200
+            # A connection that is kept would keep an HAProxy that was replaced.
+            response = await self._http.get(f"{self.url}/baton/status", headers={"connection": "close"})
+            return response.status_code == httpx.codes.OK
         return False
 
     # -- conditions
@@ -169,7 +179,7 @@ class Site:
         """Why the run is not as it was when it was new: whole, empty, reachable, and no process too many."""
         views = await self.views()
         if why := self.not_whole_of(views) or not_empty(views):
-            return why
+            return "baton serve has ended" if self.has_ended else why
         if not await self.front_door_opens():
             return "HAProxy does not answer"
         return not_tidy(self.processes(), self.size, self._usual_others)
@@ -199,6 +209,14 @@ class Site:
                     with file.open("rb") as data:
                         data.seek(max(file.stat().st_size - LOG_TAIL_BYTES, 0))
                         (folder / file.name).write_bytes(data.read())
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process lives; one that has ended and was not waited for does not."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 async def wait_for(condition: Callable[[], object], timeout_s: float, poll_s: float = POLL_S) -> bool:
@@ -234,7 +252,9 @@ def _recipe(config: Path) -> Recipe:
     (port,) = free_ports(LOOPBACK)
     argv = [sys.executable, "-m", "bench.fault_app", str(config), str(port)]
     url = f"http://{LOOPBACK}:{port}"
-    return Recipe(url, ((Command("baton-serve", argv, dict(os.environ), f"{url}/v1/models"),),))
+    # Until `baton serve` says that it is ready, the loss of a replica is the failure of its start.
+    command = Command("baton-serve", argv, dict(os.environ), f"{url}/v1/models", "Ctrl-C stops it")
+    return Recipe(url, ((command,),))
 
 
 def _listening(pid: int) -> list[int]:

@@ -19,6 +19,7 @@ import msgspec
 import psutil
 from rich.markup import escape
 
+from bench import cpu
 from bench.fault_asks import FLOOD, Answer, Ask, Asks
 from bench.fault_cases import ENGINES, PREFILLS, Blow, Case, Moment, Victim, rows
 from bench.fault_clients import Client, all_ended, connections
@@ -34,7 +35,7 @@ from bench.fault_report import (
     state_hit,
     whole_limit_s,
 )
-from bench.fault_site import POLL_S, Site, measure_cold_start_s, wait_for
+from bench.fault_site import POLL_S, Site, is_running, measure_cold_start_s, wait_for
 from bench.fault_view import Views, held_by_gateway, in_flight, load_of, not_empty, replicas_of, rise
 from gateway.settings import Settings
 
@@ -251,15 +252,19 @@ class CaseRun:
 
     async def _until(self, condition: Callable[[], bool | Awaitable[bool]], what: str) -> None:
         """Raises StageFailed."""
-        deadline_s = time.monotonic() + STAGE_TIMEOUT_S
+        began_s, num_looks = time.monotonic(), 0
         while True:
             holds = condition()
             if not isinstance(holds, bool):
                 holds = await holds
             if holds:
                 return
-            if time.monotonic() > deadline_s:
-                raise StageFailed(f"not within {STAGE_TIMEOUT_S:g} s: {what}; {await self._situation()}")
+            num_looks += 1
+            target = self._stage.target
+            took_s = time.monotonic() - began_s
+            if took_s > STAGE_TIMEOUT_S or (target is not None and target.has_ended):
+                looks = f"in {took_s:.1f} s and {num_looks} looks not: {what}"
+                raise StageFailed(f"{looks}; {await self._situation()}")
             await asyncio.sleep(POLL_S)
 
     async def _situation(self) -> str:
@@ -267,7 +272,8 @@ class CaseRun:
         views, stage = await self._site.views(), self._stage
         loads = {replica: load_of(views, replica) for replica in replicas_of(views)}
         target = stage.target.answer if stage.target else None
-        return f"placed on {stage.prefill}, {stage.decode}, {stage.gateway}; target {target}; engines {loads}"
+        seen = (target.end, target.num_tokens, target.first_token_s, target.ended_s) if target else None
+        return f"placed on {stage.prefill}, {stage.decode}, {stage.gateway}; target {seen}; engines {loads}"
 
     # -- the blow
 
@@ -349,7 +355,8 @@ class CaseRun:
             await self._drained(_deployment(case))
             from_s = time.monotonic()
             await site.scale(_deployment(case), 2)
-        whole_s, not_whole = await self._whole(from_s)
+        gone = [process.pid for process in struck] if case.blow in (Blow.KILL, Blow.TERM) else []
+        whole_s, not_whole = await self._whole(from_s, gone)
         kv_all_back_s, kv_all_wrong = await self._empty(())
         return Observed(
             state=self._stage.state,
@@ -389,14 +396,19 @@ class CaseRun:
                 return
             await asyncio.sleep(POLL_S)
 
-    async def _whole(self, from_s: float) -> tuple[float | None, str]:
+    async def _whole(self, from_s: float, gone: Sequence[int]) -> tuple[float | None, str]:
+        """How long it takes until everything is there and what was struck is gone, and else what is missing."""
         wrong = ""
         while time.monotonic() - from_s < WHOLE_TIMEOUT_S:
             wrong = self._site.not_whole_of(await self._site.views())
+            if not wrong and (living := [pid for pid in gone if is_running(pid)]):
+                wrong = f"the processes {living} were told to end and have not"
             if not wrong and not await self._site.front_door_opens():
                 wrong = "HAProxy does not answer"
             if not wrong:
                 return round(time.monotonic() - from_s, 3), ""
+            if self._site.has_ended:
+                return None, "baton serve has ended"
             await asyncio.sleep(POLL_S * 5)
         return None, wrong
 
@@ -499,7 +511,7 @@ class Experiment:
         if site is not None:
             deadline_s = time.monotonic() + WELL_TIMEOUT_S
             while why := await site.not_well():
-                if time.monotonic() > deadline_s:
+                if time.monotonic() > deadline_s or site.has_ended:
                     self._say(f"a new run is started: {escape(why)}")
                     await site.stop()
                     break
@@ -525,7 +537,9 @@ async def run_case(
     hit: bool | None = False
     try:
         async with connections() as http:
-            seen = await CaseRun(site, case, seed, http).run()
+            # Engines take all cores; without this the moments pass before anybody looks.
+            with cpu.first_in_line():
+                seen = await CaseRun(site, case, seed, http).run()
     except StageFailed as error:
         found = (f"the moment did not come about: {error}",)
     else:

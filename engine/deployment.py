@@ -16,6 +16,7 @@ from ray import serve
 from engine.link import LinkServer
 from engine.protocol import Engine, Phase
 from engine.simulated import SimulatedEngine, SimulatedEngineConfig, SimulatedFabric
+from engine.termination import end_at_sigterm
 from engine.vocabulary import plain_tokens
 from engine.worker import Worker
 
@@ -100,6 +101,7 @@ class WorkerReplica:
     worker_class: type[Worker]
 
     async def __init__(self, spec: EngineSpec) -> None:
+        end_at_sigterm()
         context = serve.get_replica_context()
         self._replica_id = context.replica_tag
         self._replace_after_s = spec.replace_after_s

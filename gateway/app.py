@@ -15,6 +15,7 @@ from decode.deployment import DecodeReplica
 from engine.deployment import EngineSpec, calm_garbage_collector
 from engine.protocol import Phase
 from engine.simulated import LatencyModel, SimulatedEngineConfig, TokenRule
+from engine.termination import end_at_sigterm
 from gateway import metrics
 from gateway.orchestrator import Orchestrator, OrchestratorConfig
 from gateway.peers_ray import RayPeers
@@ -81,6 +82,7 @@ class Gateway:
     async def __init__(
         self, settings: dict[str, Any], decode: DeploymentHandle, prefill: DeploymentHandle | None = None
     ) -> None:
+        end_at_sigterm()
         # vLLM takes seconds to import, and the process that only builds the application has no use for it.
         from engine.vllm_codec import drop_logprobs
         from gateway.api.server import make_app, warm_up_sampling

@@ -28,6 +28,7 @@ NUM_READINGS = 5
 NUM_CLIENTS = 10
 UPDATE_S = 240.0
 
+DEATHS = (signal.SIGKILL, signal.SIGTERM)
 NOTICED_S = 2.0
 """How soon a worker has ended what a gateway left that has vanished, and a gateway what was on a worker that has."""
 
@@ -216,7 +217,8 @@ def test_a_replica_that_leaves_ends_its_streams_and_drains_right_after_the_last(
     assert all(set(view) == {stays} for view in site.views().values())
 
 
-def test_what_a_vanished_gateway_left_is_aborted_within_two_seconds(site: Site) -> None:
+@pytest.mark.parametrize("number", DEATHS, ids=lambda number: number.name)
+def test_what_a_vanished_gateway_left_is_aborted_within_two_seconds(site: Site, number: signal.Signals) -> None:
     site.scale_and_wait(NUM_WORKERS)
     streams: list[Stream] = []
 
@@ -234,7 +236,7 @@ def test_what_a_vanished_gateway_left_is_aborted_within_two_seconds(site: Site) 
     victim, survivor = counts
 
     killed_s = time.monotonic()
-    os.kill(site.control.pids("gateway")[victim], signal.SIGKILL)
+    os.kill(site.control.pids("gateway")[victim], number)
 
     def is_rid_of_it() -> bool:
         status = site.status()
@@ -253,7 +255,8 @@ def test_what_a_vanished_gateway_left_is_aborted_within_two_seconds(site: Site) 
     assert sum(stream.broken is not None for stream in streams) == counts[victim]
 
 
-def test_streams_on_a_worker_that_dies_go_on_elsewhere_and_a_new_one_joins(site: Site) -> None:
+@pytest.mark.parametrize("number", DEATHS, ids=lambda number: number.name)
+def test_streams_on_a_worker_that_dies_go_on_elsewhere_and_a_new_one_joins(site: Site, number: signal.Signals) -> None:
     site.scale_and_wait(NUM_WORKERS)
     pids = site.control.pids("decode")
     streams = site.streams(8, LONG_TOKENS)
@@ -261,7 +264,7 @@ def test_streams_on_a_worker_that_dies_go_on_elsewhere_and_a_new_one_joins(site:
     victim = next(iter(workers.values()))
     survivors = set(pids) - {victim}
 
-    os.kill(pids[victim], signal.SIGKILL)
+    os.kill(pids[victim], number)
     site.serves_with(survivors)
     ended(streams)
     assert all(stream.is_complete for stream in streams), streams
