@@ -43,7 +43,7 @@ run: setup ## start engines and gateway here and serve until Ctrl-C (CONFIG=...,
 	@exec $(BIN)/baton serve $(CONFIG) $(if $(PORT),--port $(PORT))
 
 test: setup ## run all tests, with real engines
-	@exec $(BIN)/python -m pytest tests/unit tests/contracts tests/engine tests/cluster tests/api
+	@exec $(BIN)/python -m pytest tests/unit tests/simulation tests/contracts tests/engine tests/cluster tests/api
 
 check: setup ## lint, format, types, import rules, unit tests
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Owns the command line of the benchmarks: `python -m bench overhead | overload | streams | faults`."""
+"""Owns the command line of the benchmarks: `python -m bench overhead | overload | streams | soak | faults`."""
 
 import signal
 from collections.abc import Callable
@@ -363,6 +363,64 @@ def overload(
     if not report.complete and not start_failed:
         raise typer.Exit(INTERRUPTED)
     if missed or start_failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def soak(
+    requests: Annotated[int | None, typer.Option(min=1, help="Default: 1,000,000; with --quick 20,000.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Decides everything that happens.")] = 0,
+    shards: Annotated[int, typer.Option(min=1, help="Processes; each takes a core.")] = 2,
+    world_requests: Annotated[int | None, typer.Option(min=1, help="Requests of each world, which has a seed.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything that was counted here.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A minute: fewer requests.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Exit 1 where a target is missed.")] = False,
+) -> None:
+    """Simulate very many requests among faults, in virtual time, and count those that are lost, hung or wrong."""
+    console = _console()
+    import time
+
+    from bench.soak import FULL_WORLD_REQUESTS, QUICK_REQUESTS, Progress, run
+    from bench.soak_report import FULL_REQUESTS, SoakPlan, evaluate, table, targets
+    from bench.soak_report import write_json as write_soak_json
+    from bench.world import WorldResult
+
+    plan = SoakPlan(
+        requests or (QUICK_REQUESTS if quick else FULL_REQUESTS), seed, shards, world_requests or FULL_WORLD_REQUESTS
+    )
+    setting, began_s = gather_setting(), time.monotonic()
+    results: list[WorldResult] = []
+    progress = Progress(plan, lambda words: console.print(escape(words), soft_wrap=True))
+
+    def took(result: WorldResult) -> None:
+        results.append(result)
+        progress(result)
+        if json_file is not None:
+            so_far = evaluate(plan, setting, results, time.monotonic() - began_s, complete=False)
+            write_soak_json(so_far, json_file)
+
+    interrupt = _InterruptOnce()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupt)
+    complete = False
+    try:
+        run(plan, took)
+        complete = True
+    except KeyboardInterrupt:
+        console.print("[yellow]interrupted; the worlds that had not ended are left out[/]")
+    report = evaluate(plan, setting, results, time.monotonic() - began_s, complete=complete)
+    if json_file is not None:
+        write_soak_json(report, json_file)
+    console.print(table(report))
+    console.print(escape(report.claim), soft_wrap=True)
+    missed = 0
+    if check:
+        for target in targets(plan):
+            console.print(target.line(report), soft_wrap=True)
+            missed += not target.is_met_by(report)
+    if not complete:
+        raise typer.Exit(INTERRUPTED)
+    if missed or report.counts.bad:
         raise typer.Exit(1)
 
 

@@ -240,6 +240,11 @@ class SimulatedEngine:
         """What the engine really has cached, for whoever checks what it tells."""
         return self._pool.cached
 
+    @property
+    def load(self) -> EngineLoad:
+        """What the load really is, for whoever checks what it tells."""
+        return self._load()
+
     async def submit(self, request: EngineRequest) -> None:
         self._check_alive()
         sequence = _Sequence(request, self._checked_tokens(request), request.handoff)

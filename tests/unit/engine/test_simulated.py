@@ -1019,3 +1019,22 @@ def test_tokens_can_tell_when_they_were_written() -> None:
     came = tokens_of(paced(0.3, token_rule=rule), [0.2], num_tokens=6)
     for at_s, token in came["0"]:
         assert token == pytest.approx(at_s / 0.01 % 1000, abs=1.5)
+
+
+def test_an_engine_that_hangs_takes_requests_and_tells_nothing_until_it_goes_on() -> None:
+    async def main() -> None:
+        engine = SimulatedEngine("decode-0", CONFIG, SimulatedFabric())
+        collector = Collector(engine)
+        prompt = random_prompt(3 * B, seed=1)
+        engine.hang()
+        await engine.submit(EngineRequest("r", Phase.DECODE, prompt, max_tokens=4))
+        await asyncio.sleep(1000)
+        assert not collector.answers
+        assert engine.load.num_waiting_requests == 1
+        engine.go_on()
+        assert (await collector.finished("r")).token_ids == expected_answer(CONFIG, prompt, 4)
+        assert engine.load.num_kv_blocks_used == 0
+        await collector.close()
+        await engine.shutdown()
+
+    simulate(main)
