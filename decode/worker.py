@@ -1,9 +1,15 @@
 """Owns the consumer half of the hand-off: fetches each prompt's KV blocks at most once, then writes the answer."""
 
+import logging
+import time
 from collections import OrderedDict
+
+import msgspec
 
 from engine.protocol import EngineRequest, InvalidEngineRequestError, KVHandoff, Phase
 from engine.worker import Worker
+
+log = logging.getLogger("baton.decode")
 
 REMEMBERED_HANDOFFS = 100_000
 
@@ -16,6 +22,13 @@ class DecodeWorker(Worker):
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self._consumed: OrderedDict[tuple[str, str], None] = OrderedDict()
+
+    async def submit(self, gateway_id: str, request: EngineRequest) -> None:
+        """A hand-off that came too late is left alone: the prompt is read here. Raises as `Worker.submit` does."""
+        if request.handoff is not None and request.handoff.expires_s <= time.time():
+            log.warning("the hand-off of %s came after its time", request.request_id)
+            request = msgspec.structs.replace(request, handoff=None)
+        await super().submit(gateway_id, request)
 
     def _check(self, request: EngineRequest) -> None:
         if request.handoff is None:

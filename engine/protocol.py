@@ -4,6 +4,7 @@ Everything here crosses processes as MessagePack (msgspec, positional structs). 
 """
 
 import enum
+import math
 from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
@@ -30,7 +31,8 @@ class FinishReason(enum.StrEnum):
 class KVHandoff(msgspec.Struct, frozen=True, array_like=True):
     """The right to fetch one prompt's KV blocks from one prefill engine, once (invariant I1).
 
-    `params` is the connector's own description of the blocks, MessagePack, passed on verbatim.
+    `params` is the connector's own description of the blocks, MessagePack, passed on verbatim. From `expires_s` on
+    (seconds since the epoch, so that clocks of different machines compare) the blocks may hold another prompt.
     """
 
     source_replica: str
@@ -38,6 +40,7 @@ class KVHandoff(msgspec.Struct, frozen=True, array_like=True):
     num_tokens: int
     num_blocks: int
     params: bytes
+    expires_s: float = math.inf
 
 
 class EngineRequest(msgspec.Struct, frozen=True, array_like=True):

@@ -57,6 +57,8 @@ CPU_WORKER = "engine.vllm_cpu_worker.BatonCPUWorker"
 # vLLM's default on CPUs puts the model into a worker process, and both sides spin on shared memory for each other:
 # two cores for one engine (docs/adr/0009).
 CPU_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+LEASE_SHARE = 0.8
+"""Of a hand-off's lease, in which decode may be given it: the rest is for its way to the fetch, and for clocks."""
 PREFILL_SAMPLING = SamplingPayload(SamplingParams(max_tokens=1, temperature=0.0, detokenize=False))
 
 
@@ -372,12 +374,14 @@ class VllmEngine:
             stop_reason=output.stop_reason,
             logprobs=logprobs,
             prefill=facts,
-            handoff=self._handoff(output.kv_transfer_params),
+            handoff=self._handoff(output.kv_transfer_params, now_s),
             error="the engine failed this request" if finish is FinishReason.ERROR else None,
             times=None if facts is None else _times(output.events or (), now_s),
         )
 
-    def _handoff(self, params: dict[str, Any] | None) -> KVHandoff | None:
+    def _handoff(self, params: dict[str, Any] | None, told_s: float) -> KVHandoff | None:
+        """`told_s` is when the engine told of it, in monotonic time: its lease runs from then on, also while nobody
+        reads what it tells."""
         if not params or not params.get("do_remote_prefill"):
             return None
         return KVHandoff(
@@ -386,6 +390,7 @@ class VllmEngine:
             num_tokens=params["remote_num_tokens"],
             num_blocks=max(len(group) for group in params["remote_block_ids"]),
             params=msgspec.msgpack.encode(params),
+            expires_s=time.time() - (time.monotonic() - told_s) + LEASE_SHARE * self._config.lease_s,
         )
 
 

@@ -1,6 +1,7 @@
 """A worker between one engine and any number of gateways: who is told what, who may do what, and what ends when."""
 
 import asyncio
+import time
 import itertools
 from collections.abc import AsyncIterator, Sequence
 
@@ -38,6 +39,7 @@ class ScriptedEngine:
 
     def __init__(self) -> None:
         self.submitted: list[str] = []
+        self.handoffs: list[KVHandoff | None] = []
         self.aborted: list[str] = []
         self.released: list[KVHandoff] = []
         self.is_shut_down = False
@@ -66,6 +68,7 @@ class ScriptedEngine:
         if self.refusal:
             raise self.refusal
         self.submitted.append(request.request_id)
+        self.handoffs.append(request.handoff)
 
     async def abort(self, request_ids: Sequence[str]) -> None:
         await self._take_calls()
@@ -717,5 +720,19 @@ def test_a_gateway_can_attach_again_although_the_engine_takes_no_call() -> None:
             assert rig.a.task.done()
             assert again.reports
             await again.vanish()
+
+    simulate(main)
+
+
+def test_a_handoff_that_comes_after_its_time_is_left_alone_and_the_prompt_is_read() -> None:
+    """Its blocks may hold another prompt by then: nothing would notice."""
+
+    async def main() -> None:
+        async with Rig() as rig:
+            late = KVHandoff("prefill-0", "late", 3, 1, b"", expires_s=time.time() - 0.001)
+            in_time = KVHandoff("prefill-0", "in-time", 3, 1, b"", expires_s=time.time() + 60)
+            await rig.submit("a", "r1", late)
+            await rig.submit("a", "r2", in_time)
+            assert rig.engine.handoffs == [None, in_time]
 
     simulate(main)
