@@ -251,6 +251,17 @@ class Settings(BaseSettings):
         return self
 
     @model_validator(mode="after")
+    def _lease_outlives_a_hang(self) -> Self:
+        lease_s, engine_timeout_s = self.handoff.lease_s, self.recovery.engine_timeout_s
+        if self.pools.prefill.replicas and lease_s <= engine_timeout_s:
+            raise ValueError(
+                f"handoff.lease_s is {lease_s} and recovery.engine_timeout_s {engine_timeout_s:g}: a decode engine "
+                "that hangs for less than that and goes on would fetch blocks that hold another prompt by then, and "
+                "answer wrongly; make the lease longer"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _simulation_fits(self) -> Self:
         if self.simulation is None:
             return self

@@ -131,6 +131,7 @@ def variables(
         Variable("RAY_SERVE_EVENT_LOOP_MONITORING_INTERVAL_S", "60", "default 5; its figures go to Ray's own metrics"),
         Variable("RAY_SERVE_LOG_TO_STDERR", "0", "Serve logs to files only"),
         Variable("RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT", "1", "a failed constructor is reported, not tried again"),
+        Variable("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "2", "default 10: the third that fails replaces HAProxy"),
         Variable("RAY_SERVE_FALLBACK_PROXY_HTTP_PORT", str(fallback_port), "fixed by default: two runs would collide"),
         # HAProxy
         Variable("RAY_SERVE_HAPROXY_CONFIG_FILE_LOC", str(haproxy / "haproxy.cfg"), "files go with the run"),

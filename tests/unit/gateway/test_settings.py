@@ -172,3 +172,19 @@ def test_simulated_engines_need_no_cores_and_are_fast_by_default(tmp_path: Path)
 )
 def test_a_simulation_that_cannot_be_is_refused_with_what_to_do(tmp_path: Path, old: str, new: str, says: str) -> None:
     assert says in refusal(written(tmp_path, SIMULATED.replace(old, new, 1)))
+
+
+SPLIT = """
+model: {path: ./model}
+pools:
+  prefill: {device: cpu, cpu_cores: [[0]]}
+  decode: {device: cpu, cpu_cores: [[1]]}
+"""
+
+
+def test_a_lease_that_ends_before_a_hang_is_noticed_is_refused(tmp_path: Path) -> None:
+    hang = "recovery: {engine_timeout_s: 8}\n"
+    assert "make the lease longer" in refusal(written(tmp_path, SPLIT + hang + "handoff: {lease_s: 8}\n"))
+    assert load(written(tmp_path, SPLIT + hang + "handoff: {lease_s: 9}\n")).handoff.lease_s == 9
+    # Without a prefill pool nothing is handed over.
+    assert load(written(tmp_path, GOOD + hang + "handoff: {lease_s: 8}\n")).handoff.lease_s == 8
