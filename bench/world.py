@@ -37,9 +37,9 @@ ENGINE = SimulatedEngineConfig(
     max_num_batched_tokens=2048,
     seed=1,
     latency=LatencyModel(
-        prefill_s_per_token=0.002,
+        prefill_s_per_token=0.0003,
         prefill_fixed_s=0.3,
-        decode_step_s=0.25,
+        decode_step_s=0.4,
         decode_s_per_request=0.0,
         handoff_fixed_s=0.2,
         handoff_s_per_block=0.005,
@@ -48,7 +48,7 @@ ENGINE = SimulatedEngineConfig(
 RECEIPTS = 64
 START_TIMEOUT_S = 120.0
 REQUEST_LIMIT_S = 300.0
-"""A request that is open for so long hangs: no answer takes 30 s, no loss 25 s to be noticed."""
+"""A request that is open for so long hangs: no answer takes 45 s, no loss 25 s to be noticed."""
 WHOLE_LIMIT_S = 300.0
 GATEWAY_FREED_S = 2.0
 """Within so long workers free what a dead gateway has left there."""
@@ -183,7 +183,7 @@ class Gateway:
             least_tokens,
             ReceiptStore(RECEIPTS),
             OrchestratorConfig(
-                handoff_timeout_s=10.0,
+                handoff_timeout_s=20.0,
                 max_in_flight_requests=100_000,
                 warm_up_sampling=b"warm-up",
                 has_prefill_pool=True,
@@ -462,7 +462,7 @@ class World:
                 return
         if draw.random() < plan.leaving_share:
             # Some leave at once, before anything was sent; some when the answer is complete already.
-            delay_s = draw.random() * (length * 0.3 + 2.0) if draw.random() < 0.9 else 0.0
+            delay_s = draw.random() * (length * 0.45 + 2.0) if draw.random() < 0.9 else 0.0
             reason = FinishReason.ABORT if draw.random() < 0.7 else FinishReason.STOP
             self._loop.call_later(delay_s, self._leave, ask, reason)
 

@@ -1,8 +1,8 @@
 """A worker between one engine and any number of gateways: who is told what, who may do what, and what ends when."""
 
 import asyncio
-import time
 import itertools
+import time
 from collections.abc import AsyncIterator, Sequence
 
 import pytest
