@@ -107,8 +107,9 @@ class ReceiptFacts:
 
 
 def whole_limit_s(case: Case, cold_start_s: float) -> float | None:
-    """Within what time the run must be whole again; None where issue 4 sets none."""
-    if case.is_signal and case.victim in ENGINES:
+    """Within what time the run must be whole again; None where issue 4 sets none: engines that start at once on the
+    same cores are no measure of one."""
+    if case.is_signal and case.victim in ENGINES and not case.is_whole_pool:
         return DETECTION_S + COLD_STARTS * cold_start_s
     return None
 

@@ -1,4 +1,5 @@
-"""Owns Baton's subclass of vLLM's CPU worker: seeded requests survive prompts that are prefilled in chunks.
+"""Owns Baton's subclass of vLLM's CPU worker: seeded requests survive prompts that are prefilled in chunks, and SIGTERM
+ends the engine at once.
 
 vLLM's model runner samples a throw-away token after every chunk but the last and then winds the request's random
 generator back by CUDA's offset, which a CPU generator does not have: the call raises and the engine dies
@@ -10,6 +11,8 @@ from typing import Any
 import numpy as np
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
+
+from engine.termination import end_at_sigterm
 
 
 class RewindingCPUModelRunner(CPUModelRunner):
@@ -41,6 +44,8 @@ class BatonCPUWorker(CPUWorker):
     """CPUWorker with a RewindingCPUModelRunner (vLLM's model runner V1 only; V2 draws by seed and position)."""
 
     def init_device(self) -> None:
+        # EngineCore's own handler lets it take requests for seconds that it never looks at, or fails.
+        end_at_sigterm()
         super().init_device()
         if type(self.model_runner) is CPUModelRunner:
             # The subclass adds behaviour, no state; vLLM constructs the runner by a name of its own.

@@ -40,6 +40,13 @@ def test_an_engine_core_that_gets_sigterm_tells_of_an_abort_of_each_request() ->
     assert "FinishReason.ABORT" in inspect.getsource(EngineCoreProc._send_abort_outputs_to_client)
 
 
+def test_an_engine_core_sets_its_handler_before_it_makes_its_worker() -> None:
+    """Or the worker's way with SIGTERM would not last (`engine.vllm_cpu_worker`)."""
+    source = inspect.getsource(EngineCoreProc.run_engine_core)
+    assert source.count("signal.signal(signal.SIGTERM, signal_handler)") == 1
+    assert source.index("signal.signal(signal.SIGTERM, signal_handler)") < source.index("engine_core = EngineCoreProc(")
+
+
 async def test_an_abort_that_nobody_asked_for_is_the_end_of_the_engine() -> None:
     with pytest.raises(EngineGoneError, match="decode-0 ends itself"):
         await anext(engine_with(("mine",), aborted("mine")).steps())

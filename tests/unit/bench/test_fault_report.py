@@ -115,6 +115,7 @@ def test_a_client_that_left_is_as_it_should_be() -> None:
 def test_only_an_engine_that_was_struck_has_a_time_to_be_back_in() -> None:
     assert whole_limit_s(ENGINE, COLD_S) == 35.0
     assert whole_limit_s(GATEWAY, COLD_S) is None
+    assert whole_limit_s(replace(ENGINE, is_whole_pool=True), COLD_S) is None
     assert whole_limit_s(Case(None, Blow.LEAVE, Moment.QUEUED), COLD_S) is None
     assert whole_limit_s(Case(Victim.DECODE_ACTOR, Blow.DRAIN, Moment.QUEUED), COLD_S) is None
 
