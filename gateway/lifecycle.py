@@ -42,6 +42,7 @@ class FaultKind(enum.StrEnum):
     PULL_FAILED = "pull_failed"
     DECODE_LOST_BEFORE_TOKEN = "decode_lost_before_token"
     DECODE_LOST_MID_STREAM = "decode_lost_mid_stream"
+    DECODE_FAILED = "decode_failed"
     DECODE_REFUSED = "decode_refused"
     REPLAY_DIFFERS = "replay_differs"
     UNPLACEABLE = "unplaceable"
@@ -139,6 +140,13 @@ class Delta:
 
 
 @dataclass(frozen=True, slots=True)
+class DecodeFailed:
+    """The decode engine has given the request up; `error` says why."""
+
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
 class Mismatch:
     """An answer that was begun again is not the one the client has the beginning of."""
 
@@ -180,6 +188,7 @@ Event = (
     | PrefillFinished
     | PullFailed
     | Delta
+    | DecodeFailed
     | Mismatch
     | SubmitFailed
     | ReplicaLost
@@ -329,6 +338,9 @@ def _while_decoding(state: SequenceState, event: Event) -> Transition:
         case Delta(last, has_written):
             stage = Stage.DONE if last else Stage.DECODING
             return replace(state, stage=stage, has_written=state.has_written or has_written, handoff=None), ()
+        case DecodeFailed(error):
+            what = f"{state.decode} failed the request: {error}"
+            return _again(replace(state, handoff=None), FaultKind.DECODE_FAILED, what, state.decode)
         case Mismatch():
             what = f"{state.decode} began the answer again and wrote other tokens than the client has"
             state, actions = _failed(state, FaultKind.REPLAY_DIFFERS, what)

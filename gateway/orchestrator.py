@@ -437,6 +437,9 @@ class Orchestrator:
     def _on_decode_delta(self, sequence: Sequence, delta: TokenDelta) -> TokenDelta | None:
         """What the client gets of it."""
         attempt, state = sequence.attempt, sequence.state
+        if delta.finish_reason is FinishReason.ERROR:
+            self._advance(sequence, lifecycle.DecodeFailed(delta.error or "no reason given"))
+            return None
         self.cluster.produced(state.decode, delta.request_id, len(delta.token_ids))
         if delta.prefill is not None and attempt.decode_facts is None:
             attempt.decode_facts, attempt.decode_times = delta.prefill, delta.times

@@ -198,6 +198,26 @@ def test_a_decode_replica_that_dies_before_the_first_token_is_replaced() -> None
     simulate(main)
 
 
+@pytest.mark.parametrize("resumable", [True, False])
+def test_a_request_that_its_decode_engine_gives_up_goes_on_elsewhere(resumable: bool) -> None:
+    async def main() -> None:
+        async with Rig(decode=2) as rig:
+            request_id = rig.add(PROMPT, LENGTH, resumable=resumable)
+
+            def on_report(report: WorkerReport) -> None:
+                for index, delta in enumerate(report.deltas):
+                    if delta.request_id == request_id and len(rig.answers[request_id].token_ids) > 10:
+                        error = TokenDelta(request_id, [], FinishReason.ERROR, error="out of memory")
+                        report.deltas[index] = error
+                        rig.engines[report.replica_id].die()
+
+            rig.transport.on_report = on_report
+            await finishes_whole(rig, request_id)
+            assert kinds(rig, request_id) == ("decode_failed",)
+
+    simulate(main)
+
+
 def test_a_decode_replica_that_dies_while_prefill_reads_is_replaced() -> None:
     async def main() -> None:
         async with Rig(decode=2) as rig:
