@@ -61,7 +61,6 @@ def test_the_worlds_are_what_they_are_said_to_be() -> None:
         "decode_lost_before_token",
         "decode_lost_mid_stream",
         "prefill_lost",
-        "prefill_slow",
         "pull_failed",
     }
 
