@@ -1,7 +1,7 @@
 """Owns the command line of the benchmarks: `python -m bench overhead | overload | streams | soak | faults`."""
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -35,6 +35,7 @@ from bench.systems import (
     check_simulated,
     make_system,
 )
+from bench.targets import R, ReportTarget
 from engine.protocol import Phase
 from gateway.runtime import processes
 from gateway.runtime.local import base_dir
@@ -151,9 +152,7 @@ def overhead(
     except (ConfigError, ValueError) as error:
         _fail(str(error))
     draw = _drawing(plot_file)
-    healed = processes.heal(base_dir())
-    if healed:
-        console.print(escape(str(healed)))
+    _heal(console)
 
     # These import vLLM's dependencies, which take seconds.
     from bench.overhead import Experiment, PromptMaker
@@ -168,9 +167,7 @@ def overhead(
     emitters = _emitters(settings, plan, prompts) if simulated else {}
     ledger.emitters = tuple(EmitterCost(cell, cpu_s * 1000) for cell, cpu_s in emitters.items())
     experiment = Experiment(ledger, chosen, settings.model_name, prompts, console, save, emitters)
-    interrupt = _InterruptOnce()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, interrupt)
+    _interrupt_once()
     try:
         experiment.run()
         complete = True
@@ -240,12 +237,8 @@ def streams(
         vocabulary = plain_tokens(settings.model.path)
     except (ConfigError, ValueError) as error:
         _fail(str(error))
-    healed = processes.heal(base_dir())
-    if healed:
-        console.print(escape(str(healed)))
-    interrupt = _InterruptOnce()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, interrupt)
+    _heal(console)
+    _interrupt_once()
     started = StreamsReport(False, plan, gather_setting(), haproxy_streams(settings, plan.streams, open_files))
     start_failed = False
     with config_file(settings) as file:
@@ -262,20 +255,14 @@ def streams(
             experiment.run()
         except StartFailed as error:
             start_failed = True
-            console.print(
-                f"[bold red]does not start:[/] {escape(str(error))}\n{escape(error.log_tail)}", soft_wrap=True
-            )
+            _say_start_failed(console, error)
         except KeyboardInterrupt:
             console.print("[yellow]interrupted; everything that was started is stopped[/]")
     report = experiment.report
     if json_file is not None:
         write_streams_json(report, json_file)
     console.print(table(report))
-    missed = 0
-    if check:
-        for target in STREAM_TARGETS:
-            console.print(target.line(report), soft_wrap=True)
-            missed += not target.is_met_by(report)
+    missed = _num_missed(console, STREAM_TARGETS, report) if check else 0
     if not report.complete and not start_failed:
         raise typer.Exit(INTERRUPTED)
     if missed or start_failed:
@@ -320,9 +307,7 @@ def overload(
         seed=seed,
     )
     report = OverloadReport(False, plan, gather_setting())
-    interrupt = _InterruptOnce()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, interrupt)
+    _interrupt_once()
     start_failed = False
     try:
         if engine is EngineKind.SIMULATED:
@@ -339,14 +324,12 @@ def overload(
                 system = make_system("baton", settings, config)
             except (ConfigError, ValueError) as error:
                 _fail(str(error))
-            healed = processes.heal(base_dir())
-            if healed:
-                console.print(escape(str(healed)))
+            _heal(console)
             report = replace(report, live=LiveOverload(plan, settings.model_name, system, console.print).run())
         report = replace(report, complete=True)
     except StartFailed as error:
         start_failed = True
-        console.print(f"[bold red]does not start:[/] {escape(str(error))}\n{escape(error.log_tail)}", soft_wrap=True)
+        _say_start_failed(console, error)
     except KeyboardInterrupt:
         console.print("[yellow]interrupted; everything that was started is stopped[/]")
     if json_file is not None:
@@ -355,11 +338,7 @@ def overload(
         console.print(table(report))
     for error in report.live.errors if report.live else ():
         console.print(f"[red]failed:[/] {escape(error)}", soft_wrap=True)
-    missed = 0
-    if check:
-        for target in targets(engine):
-            console.print(target.line(report), soft_wrap=True)
-            missed += not target.is_met_by(report)
+    missed = _num_missed(console, targets(engine), report) if check else 0
     if not report.complete and not start_failed:
         raise typer.Exit(INTERRUPTED)
     if missed or start_failed:
@@ -399,9 +378,7 @@ def soak(
             so_far = evaluate(plan, setting, results, time.monotonic() - began_s, complete=False)
             write_soak_json(so_far, json_file)
 
-    interrupt = _InterruptOnce()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, interrupt)
+    _interrupt_once()
     complete = False
     try:
         run(plan, took)
@@ -413,11 +390,7 @@ def soak(
         write_soak_json(report, json_file)
     console.print(table(report))
     console.print(escape(report.claim), soft_wrap=True)
-    missed = 0
-    if check:
-        for target in targets(plan):
-            console.print(target.line(report), soft_wrap=True)
-            missed += not target.is_met_by(report)
+    missed = _num_missed(console, targets(plan), report) if check else 0
     if not complete:
         raise typer.Exit(INTERRUPTED)
     if missed or report.counts.bad:
@@ -457,14 +430,10 @@ def faults(
         _fail(str(error))
     if settings.simulation is not None or not settings.pools.prefill.replicas:
         _fail(f"{config} must have real engines in both pools; use {FAULTS_CONFIG}")
-    healed = processes.heal(base_dir())
-    if healed:
-        console.print(escape(str(healed)))
+    _heal(console)
     setting = gather_setting()
     experiment = FaultsExperiment(config, settings, results, planned, again, setting.git_commit, console.print)
-    interrupt = _InterruptOnce()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, interrupt)
+    _interrupt_once()
     complete = False
     start_failed = False
     try:
@@ -472,8 +441,7 @@ def faults(
         complete = True
     except (StartFailed, TimeoutError, RuntimeError) as error:
         start_failed = True
-        tail = error.log_tail if isinstance(error, StartFailed) else ""
-        console.print(f"[bold red]does not start:[/] {escape(str(error))}\n{escape(tail)}", soft_wrap=True)
+        _say_start_failed(console, error)
     except KeyboardInterrupt:
         console.print("[yellow]interrupted; everything that was started is stopped, and what is done is kept[/]")
     done = tuple(experiment.results[case.name] for case in planned if case.name in experiment.results)
@@ -513,6 +481,33 @@ def _emitters(settings: Settings, plan: Plan, prompts: "PromptMaker") -> dict[Ce
         cell: measure(config, prompts.make("emitter", 1, cell, cell.concurrency), cell.output_tokens)
         for cell in plan.cells()
     }
+
+
+def _heal(console: Console) -> None:
+    """Removes what crashed runs have left, and says so."""
+    if healed := processes.heal(base_dir()):
+        console.print(escape(str(healed)))
+
+
+def _say_start_failed(console: Console, error: Exception) -> None:
+    tail = error.log_tail if isinstance(error, StartFailed) else ""
+    console.print(f"[bold red]does not start:[/] {escape(str(error))}\n{escape(tail)}", soft_wrap=True)
+
+
+def _num_missed(console: Console, targets: Iterable[ReportTarget[R]], report: R) -> int:
+    """How many targets a report misses, after a line for each."""
+    missed = 0
+    for target in targets:
+        console.print(target.line(report), soft_wrap=True)
+        missed += not target.is_met_by(report)
+    return missed
+
+
+def _interrupt_once() -> None:
+    """From now on the first signal that asks for the end is a KeyboardInterrupt."""
+    interrupt = _InterruptOnce()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupt)
 
 
 class _InterruptOnce:

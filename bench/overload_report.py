@@ -12,6 +12,7 @@ from rich.table import Table
 
 from bench.results import EngineKind, Setting, write_whole
 from bench.stats import Percentiles, percentiles
+from bench.targets import ReportTarget
 from gateway.routing.types import Priority
 
 WINDOW_S = 1.0
@@ -196,26 +197,7 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-@dataclass(frozen=True)
-class OverloadTarget:
-    """A bound on one figure of a report; `is_floor` bounds it from below. A figure that was not measured is missed."""
-
-    name: str
-    figure: Callable[[OverloadReport], float | None]
-    limit: float
-    unit: str = ""
-    is_floor: bool = False
-
-    def is_met_by(self, report: OverloadReport) -> bool:
-        figure = self.figure(report)
-        return figure is not None and (figure >= self.limit if self.is_floor else figure <= self.limit)
-
-    def line(self, report: OverloadReport) -> str:
-        """Rich markup."""
-        figure = self.figure(report)
-        outcome = "[green]met[/]" if self.is_met_by(report) else "[bold red]missed[/]"
-        bound = f"{'at least' if self.is_floor else 'at most'} {self.limit:,g}{self.unit}"
-        return f"{outcome} {self.name}: {bound}: {'not measured' if figure is None else f'{figure:,.4g}{self.unit}'}"
+OverloadTarget = ReportTarget[OverloadReport]
 
 
 def _worst(

@@ -1,7 +1,7 @@
 """Owns what `bench soak` leaves behind: its plan, counts, the bound they prove, targets, the JSON file, the table."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from rich import box
 from rich.table import Table
 
 from bench.results import Setting, write_whole
+from bench.targets import ReportTarget
 from bench.world import Counts, WorldResult
 
 RULE_OF_THREE = 3.0
@@ -125,25 +126,14 @@ def write_json(report: SoakReport, path: Path) -> None:
     write_whole(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n", path)
 
 
-@dataclass(frozen=True)
-class SoakTarget:
-    """A bound on one figure of a report; `is_floor` bounds it from below."""
+class SoakTarget(ReportTarget[SoakReport]):
+    """Counts are told to the last digit, and a soak that did not come to its end meets no target."""
 
-    name: str
-    figure: Callable[[SoakReport], float]
-    limit: float
-    unit: str = ""
-    is_floor: bool = False
+    limit_format = ",.12g"
+    figure_format = ",.10g"
 
     def is_met_by(self, report: SoakReport) -> bool:
-        figure = self.figure(report)
-        return report.complete and (figure >= self.limit if self.is_floor else figure <= self.limit)
-
-    def line(self, report: SoakReport) -> str:
-        """Rich markup."""
-        outcome = "[green]met[/]" if self.is_met_by(report) else "[bold red]missed[/]"
-        bound = f"{'at least' if self.is_floor else 'at most'} {self.limit:,.12g}{self.unit}"
-        return f"{outcome} {self.name}: {bound}: {self.figure(report):,.10g}{self.unit}"
+        return report.complete and super().is_met_by(report)
 
 
 def targets(plan: SoakPlan) -> tuple[SoakTarget, ...]:

@@ -13,6 +13,7 @@ from bench.client import read_tokens
 from bench.lateness import StreamClock
 from bench.results import Setting, write_whole
 from bench.stats import Percentiles, percentiles
+from bench.targets import ReportTarget
 
 ERRORS_KEPT = 5
 SPARE_S = 240.0
@@ -173,26 +174,7 @@ def evaluate(
     )
 
 
-@dataclass(frozen=True)
-class StreamTarget:
-    """A bound on one figure of a report; `is_floor` bounds it from below. A figure that was not measured is missed."""
-
-    name: str
-    figure: Callable[[StreamsReport], float | None]
-    limit: float
-    unit: str = ""
-    is_floor: bool = False
-
-    def is_met_by(self, report: StreamsReport) -> bool:
-        figure = self.figure(report)
-        return figure is not None and (figure >= self.limit if self.is_floor else figure <= self.limit)
-
-    def line(self, report: StreamsReport) -> str:
-        """Rich markup."""
-        figure = self.figure(report)
-        outcome = "[green]met[/]" if self.is_met_by(report) else "[bold red]missed[/]"
-        bound = f"{'at least' if self.is_floor else 'at most'} {self.limit:,g}{self.unit}"
-        return f"{outcome} {self.name}: {bound}: {'not measured' if figure is None else f'{figure:,.4g}{self.unit}'}"
+StreamTarget = ReportTarget[StreamsReport]
 
 
 def _of(figure: Callable[[StreamFigures], float]) -> Callable[[StreamsReport], float | None]:

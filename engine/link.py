@@ -120,24 +120,25 @@ class Frames:
             if size > max_bytes:
                 raise LinkBroken(f"a message of {size} bytes was announced; {max_bytes} are allowed")
             return await self._reader.readexactly(size)
-        except (ConnectionResetError, asyncio.IncompleteReadError) as error:
-            raise LinkBroken(str(error) or type(error).__name__, peer_ended=True) from error
-        except OSError as error:
-            raise LinkBroken(str(error) or type(error).__name__) from error
+        except (OSError, asyncio.IncompleteReadError) as error:
+            raise _broken_by(error) from error
 
     async def send(self, message: bytes) -> None:
         """Raises LinkBroken."""
         try:
             self._writer.write(HEADER.pack(len(message)) + message)
             await self._writer.drain()
-        except (ConnectionResetError, BrokenPipeError) as error:
-            raise LinkBroken(str(error) or type(error).__name__, peer_ended=True) from error
         except OSError as error:
-            raise LinkBroken(str(error) or type(error).__name__) from error
+            raise _broken_by(error) from error
 
     def close(self) -> None:
         """At once: what the other side has not read is dropped."""
         self._writer.transport.abort()
+
+
+def _broken_by(error: OSError | asyncio.IncompleteReadError) -> LinkBroken:
+    peer_ended = isinstance(error, ConnectionResetError | BrokenPipeError | asyncio.IncompleteReadError)
+    return LinkBroken(str(error) or type(error).__name__, peer_ended=peer_ended)
 
 
 @dataclass(frozen=True)

@@ -493,10 +493,9 @@ class Orchestrator:
     def _outcome(self, group: Group) -> Outcome:
         leader = group.sequences[0]
         replica = self.cluster.get(leader.state.decode)
-        for sequence in group.sequences:
-            sequence.history.faults = sequence.state.faults
         return outcome(
             [sequence.history for sequence in group.sequences],
+            [fault for sequence in group.sequences for fault in sequence.state.faults],
             GroupTimes(group.received_s, group.decide_s, self._clock()),
             replica.info.kv_block_bytes if replica and replica.info else 0,
         )

@@ -36,7 +36,6 @@ class History:
     output_tokens: int = 0
     finish_reason: FinishReason | None = None
     facts_told: PrefillFacts | None = None
-    faults: tuple[Fault, ...] = ()
 
     @property
     def attempt(self) -> Attempt:
@@ -70,8 +69,8 @@ def facts_for_client(own: Attempt, leader: Attempt) -> PrefillFacts | None:
     return PrefillFacts(facts.num_prompt_tokens, facts.num_prompt_tokens - cached, cached, 0)
 
 
-def outcome(histories: Sequence[History], times: GroupTimes, kv_block_bytes: int) -> Outcome:
-    """`histories`: of all the group's sequences, the leader's first."""
+def outcome(histories: Sequence[History], faults: Sequence[Fault], times: GroupTimes, kv_block_bytes: int) -> Outcome:
+    """`histories`: of all the group's sequences, the leader's first; `faults`: all that they have met."""
     leader = histories[0]
     reasons = [history.finish_reason for history in histories]
     status = "finished"
@@ -81,7 +80,6 @@ def outcome(histories: Sequence[History], times: GroupTimes, kv_block_bytes: int
         status = "aborted"
     attempts = [attempt for history in histories for attempt in history.attempts]
     moved = sum(attempt.blocks_moved for attempt in attempts)
-    faults = [fault for history in histories for fault in history.faults]
     first_s = leader.first_token_s
     facts = leader.facts_told or facts_for_client(leader.attempt, leader.attempt)
     return Outcome(
