@@ -83,9 +83,11 @@ class Report(msgspec.Struct, frozen=True, array_like=True, tag="report"):
 
 
 class Farewell(msgspec.Struct, frozen=True, array_like=True, tag="farewell"):
-    """The worker's last message, when it can serve no more."""
+    """The worker's last message. `is_dead`: its engine has ended; otherwise it only ends this link, and its engine may
+    go on with what it was given."""
 
     reason: str
+    is_dead: bool
 
 
 Call = Submit | Abort | Release
@@ -94,7 +96,7 @@ FromWorker = Answer | Report | Farewell
 
 class LinkBroken(ConnectionError):
     """The connection has ended, or what came over it is not of this protocol. `peer_ended`: the other side's process
-    has closed it, or its system has for it."""
+    has ended, or says that it can serve no more."""
 
     def __init__(self, message: str, *, peer_ended: bool = False):
         super().__init__(message)
@@ -253,11 +255,18 @@ class LinkServer:
             del self._links[connection]
             if not self._links:
                 self._all_gone.set()
-        for result in results:
-            if isinstance(result, LinkBroken | EngineGoneError):
-                log.info("the link of %s ended: %s", gateway_id, result)
-            elif isinstance(result, Exception):
-                log.error("the link of %s failed", gateway_id, exc_info=result)
+        reasons = [result for result in results if isinstance(result, Exception)]
+        for reason in reasons:
+            if isinstance(reason, LinkBroken | EngineGoneError):
+                log.info("the link of %s ended: %s", gateway_id, reason)
+            else:
+                log.error("the link of %s failed", gateway_id, exc_info=reason)
+        if self._worker.failure is None and not any(isinstance(reason, LinkBroken) for reason in reasons):
+            # A mere end of the connection would look like the end of this process.
+            why = reasons[0] if reasons else "its reports have ended"
+            with contextlib.suppress(LinkBroken, TimeoutError):
+                async with asyncio.timeout(FAREWELL_S):
+                    await self._say_farewell(frames, Farewell(str(why) or repr(why), is_dead=False))
 
     async def _report(self, gateway_id: str, frames: Frames) -> None:
         try:
@@ -265,9 +274,12 @@ class LinkServer:
                 async for report in reports:
                     await frames.send(self._encode(Report(report)))
         except EngineGoneError as error:
-            await frames.send(self._encode(Farewell(str(error))))
-            # The gateway closes the link; this end's abort could overtake the farewell.
-            await asyncio.sleep(FAREWELL_S)
+            await self._say_farewell(frames, Farewell(str(error), is_dead=True))
+
+    async def _say_farewell(self, frames: Frames, farewell: Farewell) -> None:
+        """Then waits: the gateway closes the link; this end's abort could overtake the farewell. Raises LinkBroken."""
+        await frames.send(self._encode(farewell))
+        await asyncio.sleep(FAREWELL_S)
 
     async def _receive_calls(self, frames: Frames, calls: asyncio.Queue[Call]) -> None:
         """Reads ahead of what is performed: the end of the link must show although a call is stuck."""

@@ -106,8 +106,8 @@ class _Link:
                     case Answer(number, refusal):
                         if (waiting := self._waiting.get(number)) and not waiting.done():
                             waiting.set_result(refusal)
-                    case Farewell(reason):
-                        raise LinkBroken(reason, peer_ended=True)
+                    case Farewell(reason, is_dead):
+                        raise LinkBroken(reason, peer_ended=is_dead)
         except LinkBroken as error:
             broken = error
             raise

@@ -79,8 +79,10 @@ class Gateway:
     async def ended(self) -> LinkBroken:
         try:
             async with asyncio.timeout(PATIENCE_S):
-                async for _ in self._messages:
-                    pass
+                async for message in self._messages:
+                    if isinstance(message, Farewell):
+                        self.frames.close()
+                        return LinkBroken(message.reason, peer_ended=message.is_dead)
         except LinkBroken as broken:
             return broken
         raise AssertionError("the link has ended without an error")
@@ -185,13 +187,23 @@ async def test_calls_that_a_dead_engine_cannot_answer_do_not_overtake_its_farewe
     gate.set()
     await until(lambda: refused == ["r1", "r2"])
     assert stage.server.gateway_ids == ["a"]
-    assert (await gateway.next(Farewell)).reason == "the engine is dead"
+    assert await gateway.next(Farewell) == Farewell("the engine is dead", is_dead=True)
+
+
+async def test_a_worker_that_ends_a_link_but_lives_says_so(stage: Stage):
+    gateway = await stage.gateway("a")
+    stage.engine.refusal = EngineGoneError("the engine did not take a call")
+    await gateway.send(Submit(1, request("r")))
+    broken = await gateway.ended()
+    assert (str(broken), broken.peer_ended) == ("the engine did not take a call", False)
+    stage.engine.refusal = None
+    await stage.gateway("a")
 
 
 async def test_the_death_of_the_engine_is_told_with_its_reason(stage: Stage):
     gateway = await stage.gateway("a")
     await stage.engine.fail(EngineGoneError("the engine is dead"))
-    assert (await gateway.next(Farewell)).reason == "the engine is dead"
+    assert await gateway.next(Farewell) == Farewell("the engine is dead", is_dead=True)
 
 
 async def test_a_worker_that_stops_ends_its_links_without_noise(stage: Stage, monkeypatch: pytest.MonkeyPatch):
@@ -309,7 +321,7 @@ async def test_mute_strangers_are_bounded_and_do_not_lock_gateways_out_for_long(
 async def test_a_gateway_that_sends_something_unreadable_loses_its_link_and_no_other(stage: Stage):
     bad, good = await stage.gateway("bad"), await stage.gateway("good")
     await bad.frames.send(b"\xff")
-    await bad.ended()
+    assert not (await bad.ended()).peer_ended
     await good.send(Submit(1, request("r")))
     assert await good.next(Answer) == Answer(1)
 
@@ -335,7 +347,7 @@ async def test_a_worker_that_says_something_unreadable_is_a_broken_link():
 
 
 def test_messages_are_told_apart():
-    for message in (Answer(1, None), Farewell("why")):
+    for message in (Answer(1, None), Farewell("why", is_dead=False)):
         assert msgspec.msgpack.decode(msgspec.msgpack.encode(message), type=FromWorker) == message
     with pytest.raises(msgspec.ValidationError):
         msgspec.msgpack.decode(msgspec.msgpack.encode(Hello(b"")), type=FromWorker)

@@ -164,8 +164,20 @@ async def test_when_the_link_is_cut_reports_end_and_calls_that_wait_fail(stage: 
 async def test_a_dead_engine_is_a_gone_replica_with_the_reason(stage: Stage):
     async with stage.attached() as reader:
         await stage.engine.fail(EngineGoneError("the engine is dead"))
-        with pytest.raises(ReplicaGoneError, match="the engine is dead"):
+        with pytest.raises(ReplicaGoneError, match="the engine is dead") as gone:
             await asyncio.wait_for(reader, PATIENCE_S)
+        assert gone.value.is_dead
+
+
+async def test_a_link_that_a_living_worker_ends_is_no_death(stage: Stage):
+    async with stage.attached() as reader:
+        stage.engine.refusal = EngineGoneError("the engine did not take a call")
+        with pytest.raises(ReplicaGoneError, match="did not take a call") as gone:
+            await stage.transport.submit(WORKER, request())
+        assert not gone.value.is_dead
+        with pytest.raises(ReplicaGoneError) as gone:
+            await asyncio.wait_for(reader, PATIENCE_S)
+        assert not gone.value.is_dead
 
 
 async def test_when_the_gateway_lets_go_calls_that_wait_fail(stage: Stage):
