@@ -90,8 +90,12 @@ class Site:
     # -- processes
 
     def processes(self) -> list[ProcessView]:
+        """Those of the run; the hold on its Serve is not of it."""
         found: list[ProcessView] = []
+        control_pid = self._control.pid if self._control else None
         for id in self._system.processes():
+            if id.pid == control_pid:
+                continue
             with suppress(psutil.Error):
                 process = psutil.Process(id.pid)
                 title = " ".join(process.cmdline()).strip() or process.name()

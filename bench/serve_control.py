@@ -40,6 +40,11 @@ class ServeControl:
             text=True,
         )
 
+    @property
+    def pid(self) -> int:
+        """Of the other end."""
+        return self._process.pid
+
     def pids(self, deployment: str) -> dict[str, int]:
         """The running replicas' processes by replica id."""
         return self._ask("pids", deployment)

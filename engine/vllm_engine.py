@@ -31,6 +31,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor import Executor
 from vllm.v1.metrics.stats import PrefillStats, SchedulerStats
 
+from engine.leases import LEASE_END_KEY
 from engine.load import Ledger, Pace
 from engine.ports import free_ports
 from engine.protocol import (
@@ -293,7 +294,8 @@ class VllmEngine:
         if request.phase is Phase.PREFILL:
             transfer = {"do_remote_decode": True, "do_remote_prefill": False}
         elif request.handoff is not None:
-            transfer = msgspec.msgpack.decode(request.handoff.params)
+            params_of_handoff: dict[str, Any] = msgspec.msgpack.decode(request.handoff.params)
+            transfer = params_of_handoff | {LEASE_END_KEY: request.handoff.expires_s}
         params.extra_args = {"kv_transfer_params": transfer} if transfer else None
         return self._make_core_request(
             request.request_id,

@@ -1,29 +1,38 @@
 """Owns Baton's subclass of vLLM's NIXL connector: its progress thread does not spin a core, a CPU engine stays on the
-cores it was given, and a prompt may be longer on decode than on prefill.
+cores it was given, a prompt may be longer on decode than on prefill, and what was fetched after its lease is not used.
 
 vLLM loads this module by name (`kv_connector_module_path`) inside the engine's processes. Why: docs/adr/0003, 0009,
-0010.
+0010, 0015.
 """
 
 import contextlib
+import time
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
-from vllm.distributed.kv_transfer.kv_connector.v1.nixl import NixlPullConnector
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl import NixlPullConnector, connector
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import NixlConnectorMetadata, ReqMeta
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_scheduler import NixlPullConnectorScheduler
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker import NixlPullConnectorWorker
+from vllm.logger import init_logger
 from vllm.platforms import current_platform
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.request import Request
+
+from engine.leases import LEASE_END_KEY, Leases
+
+logger = init_logger("vllm.baton.nixl")
 
 PROGRESS_THREAD_DELAY_KEY = "progress_thread_delay_us"
 
 
 class NixlConnector(NixlPullConnector):
-    """NixlPullConnector whose NIXL agent sleeps `progress_thread_delay_us` between progress polls, and whose scheduler
-    side fetches what a hand-off covers.
+    """NixlPullConnector whose NIXL agent sleeps `progress_thread_delay_us` between progress polls, whose scheduler
+    side fetches what a hand-off covers, and whose worker side uses only what came while its lease held.
 
     The name is vLLM's own because vLLM compares connector names to choose memory layouts.
     """
@@ -31,10 +40,20 @@ class NixlConnector(NixlPullConnector):
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig):
         assert vllm_config.kv_transfer_config is not None
         delay_us = int(vllm_config.kv_transfer_config.get_from_extra_config(PROGRESS_THREAD_DELAY_KEY, 0))
-        with progress_thread_delay(delay_us), cores_kept():
+        make_worker = mock.patch.object(connector, "NixlPullConnectorWorker", HandoffWorker)
+        with progress_thread_delay(delay_us), cores_kept(), make_worker:
             super().__init__(vllm_config, role, kv_cache_config)
         if role is KVConnectorRole.SCHEDULER:
             self.connector_scheduler = HandoffScheduler(vllm_config, self.engine_id, kv_cache_config)
+
+
+class HandoffMetadata(NixlConnectorMetadata):
+    """What the scheduler side tells the worker side in a step. `lease_ends_s`: of new hand-offs, by the producer's
+    request ids, in seconds since the epoch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lease_ends_s: dict[str, float] = {}
 
 
 class HandoffScheduler(NixlPullConnectorScheduler):
@@ -43,6 +62,22 @@ class HandoffScheduler(NixlPullConnectorScheduler):
     A prompt that ends with tokens of the answer is longer than what prefill has read (docs/adr/0010).
     """
 
+    def __init__(self, vllm_config: VllmConfig, engine_id: str, kv_cache_config: KVCacheConfig):
+        super().__init__(vllm_config, engine_id, kv_cache_config)
+        self._lease_ends_s: dict[str, float] = {}
+
+    def on_new_request(self, request: Request) -> None:
+        super().on_new_request(request)
+        if (params := request.kv_transfer_params) and LEASE_END_KEY in params:
+            self._lease_ends_s[params["remote_request_id"]] = params[LEASE_END_KEY]
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> HandoffMetadata:
+        metadata = HandoffMetadata()
+        for name, value in vars(super().build_connector_meta(scheduler_output)).items():
+            setattr(metadata, name, value)
+        metadata.lease_ends_s, self._lease_ends_s = self._lease_ends_s, {}
+        return metadata
+
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
         count, asynchronous = super().get_num_new_matched_tokens(request, num_computed_tokens)
         params = request.kv_transfer_params
@@ -50,6 +85,61 @@ class HandoffScheduler(NixlPullConnectorScheduler):
             return count, asynchronous
         count -= max(request.num_prompt_tokens - params["remote_num_tokens"], 0)
         return (count, True) if count > 0 else (0, False)
+
+
+class HandoffWorker(NixlPullConnectorWorker):
+    """Has the prompt read anew when its blocks may not have been its own any more while they were fetched.
+
+    vLLM trusts that a fetch ends within the lease. An engine that does not run for longer (its process was stopped, its
+    machine swaps) sends no heartbeats meanwhile; the producer gives the blocks to another prompt, and the fetch
+    succeeds all the same. The answer would be wrong, and all that later hit these blocks in the prefix cache.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, engine_id: str, kv_cache_config: KVCacheConfig):
+        super().__init__(vllm_config, engine_id, kv_cache_config)
+        self._leases = Leases(self._lease_extension)
+
+    def start_load_kv(self, metadata: NixlConnectorMetadata) -> None:
+        assert isinstance(metadata, HandoffMetadata)
+        now_s, epoch_s = time.monotonic(), time.time()
+        for request_id, end_s in metadata.lease_ends_s.items():
+            self._leases.begin(request_id, now_s + end_s - epoch_s, now_s)
+        super().start_load_kv(metadata)
+
+    def _send_heartbeats(self, metadata: NixlConnectorMetadata) -> None:
+        now_s = time.monotonic()
+        # The others are shaken hands with first, and get no heartbeat in this step.
+        reached = [info for id, info in metadata.heartbeat_by_engine.items() if id in self._remote_agents]
+        super()._send_heartbeats(metadata)
+        for info in reached:
+            for request_id in info.req_ids:
+                self._leases.renew(request_id, now_s)
+
+    def _read_blocks_for_req(self, req_id: str, meta: ReqMeta) -> None:
+        if meta.awaiting_kvs and not self._holds(meta):
+            self._note_expiry(req_id)
+            self._handle_failed_transfer(req_id, None, self._recv_failures, record_failed_transfer=False)
+            return
+        super()._read_blocks_for_req(req_id, meta)
+
+    def _pop_done_transfers(self, transfers: dict[str, list[int]]) -> tuple[set[str], set[str]]:
+        """What has come while the lease still holds was read while it held."""
+        done, failed = super()._pop_done_transfers(transfers)
+        for req_id in done:
+            meta = self._recving_metadata[req_id]
+            if req_id not in failed and not self._holds(meta):
+                self._note_expiry(req_id)
+                failed.add(req_id)
+            if meta.remote is not None:
+                self._leases.end(meta.remote.request_id)
+        return done, failed
+
+    def _holds(self, meta: ReqMeta) -> bool:
+        return meta.remote is not None and self._leases.holds(meta.remote.request_id, time.monotonic())
+
+    def _note_expiry(self, req_id: str) -> None:
+        logger.warning("the lease of the hand-off of %s has ended: its prompt is read here", req_id)
+        self.xfer_stats.record_kv_expired_req()
 
 
 @contextlib.contextmanager

@@ -65,7 +65,7 @@ class SequenceState:
     """One sequence: where it is placed, how far it is, and which faults it has met.
 
     `resumable`: an engine that is given prompt and answer so far goes on exactly as the one that is lost; otherwise the
-    answer is written anew from its first token and compared. `lost` are the replicas it must not be placed on again.
+    answer is written anew from its first token and compared. `lost` are the replicas that have failed it.
     `handoff` is what the decode replica was sent and has not told the fetch of.
     """
 
@@ -224,9 +224,8 @@ class Release:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Find replicas for the next attempt, none of `lost`; answer with Placed or Unplaceable."""
-
-    lost: frozenset[str]
+    """Find replicas for the next attempt, none of the state's `lost` if there are others; answer with Placed or
+    Unplaceable."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -385,7 +384,7 @@ def _again(state: SequenceState, kind: FaultKind, what: str, lost: str, first: t
     if state.has_written:
         done = "goes on elsewhere" if state.resumable else "begun again elsewhere and compared"
     state = _with_fault(replace(state, lost=state.lost | {lost}), kind, what, done)
-    return replace(state, stage=Stage.PLACING), (*first, Place(state.lost))
+    return replace(state, stage=Stage.PLACING), (*first, Place())
 
 
 def _failed(state: SequenceState, kind: FaultKind, what: str) -> Transition:

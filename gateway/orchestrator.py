@@ -146,6 +146,7 @@ class Orchestrator:
         self._displaced: dict[str, Sequence] = {}
         self._submitting: set[tuple[str, str]] = set()
         self._abort_after_submit: set[tuple[str, str]] = set()
+        self._unreleased: list[KVHandoff] = []
         self._batches: asyncio.Queue[list[TokenDelta]] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
@@ -156,7 +157,7 @@ class Orchestrator:
             self._spawn,
             on_report=self._on_report,
             on_lost=self._on_replica_lost,
-            on_ready=self._place_displaced,
+            on_ready=self._on_replica_ready,
             is_needed=self._is_needed,
         )
 
@@ -505,6 +506,12 @@ class Orchestrator:
             if replica_id in (sequence.state.prefill, sequence.state.decode):
                 self._advance(sequence, lifecycle.ReplicaLost(replica_id, is_dead))
 
+    def _on_replica_ready(self) -> None:
+        self._place_displaced()
+        unreleased, self._unreleased = self._unreleased, []
+        for handoff in unreleased:
+            self._spawn(self._release(handoff))
+
     def _is_needed(self, replica: Replica) -> bool:
         """Whether a request runs on a replica, or a decode replica may still be fetching a hand-off from it."""
         handoffs = (sequence.state.handoff for sequence in self._sequences.values())
@@ -576,7 +583,8 @@ class Orchestrator:
             log.warning("could not abort %s on %s: %s", engine_request_id, replica_id, error)
 
     async def _release(self, handoff: KVHandoff, through: str | None = None) -> None:
-        """Gives a hand-off back through the first decode replica that can, or through one and no other."""
+        """Gives a hand-off back through the first decode replica that can, or through one and no other. While none can
+        it waits for the next one that is ready, but not beyond its lease."""
         for replica in self.cluster.pool(Phase.DECODE):
             if not replica.attached or through not in (None, replica.replica_id):
                 continue
@@ -585,7 +593,13 @@ class Orchestrator:
                 return
             except (ReplicaGoneError, InvalidEngineRequestError) as error:
                 log.warning("could not release a hand-off through %s: %s", replica.replica_id, error)
-        log.error("no decode replica could release %s; its blocks stay until the lease ends", handoff.source_request_id)
+        if through is None and self._wall_clock() < handoff.expires_s:
+            log.warning(
+                "no decode replica can release %s now; the next one that is ready is to", handoff.source_request_id
+            )
+            self._unreleased.append(handoff)
+        else:
+            log.error("%s could not be released; its blocks stay until the lease ends", handoff.source_request_id)
 
     # -- tasks and timers
 

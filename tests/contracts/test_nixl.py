@@ -1,7 +1,12 @@
 """Every internal of NIXL that Baton touches, by name: when an upgrade breaks one, the failing test says which."""
 
 import inspect
+import time
 import uuid
+from queue import Queue
+from types import SimpleNamespace
+
+import pytest
 
 
 def test_the_pinned_version_is_installed():
@@ -42,3 +47,53 @@ def test_agents_made_in_our_context_get_the_delay_and_later_ones_do_not(monkeypa
         _api.nixl_agent(str(uuid.uuid4()), _api.nixl_agent_config(backends=[]))
     _api.nixl_agent(str(uuid.uuid4()), _api.nixl_agent_config(backends=[]))
     assert delays == [100, 0]
+
+
+class Wire:
+    """The NIXL agent of a fetch that has just succeeded."""
+
+    def check_xfer_state(self, handle):
+        return "DONE"
+
+    def get_xfer_telemetry(self, handle):
+        return None
+
+    def release_xfer_handle(self, handle):
+        pass
+
+
+def fetching_worker(lease_s):
+    """The worker side with one fetch under way, whose lease ends in so many seconds."""
+    from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import RemoteMeta, ReqMeta
+
+    from engine.leases import Leases
+    from engine.vllm_nixl import HandoffWorker
+
+    remote = RemoteMeta(block_ids=([1],), host="h", port=1, engine_id="p", request_id="remote-r")
+    meta = ReqMeta(local_block_ids=([7],), local_physical_block_ids=([7],), tp_size=1, remote=remote, awaiting_kvs=True)
+    worker = HandoffWorker.__new__(HandoffWorker)
+    vars(worker).update(
+        nixl_wrapper=Wire(),
+        xfer_stats=SimpleNamespace(record_transfer=lambda told: None, record_kv_expired_req=lambda: None),
+        _recving_metadata={"r": meta},
+        _recving_transfers={"r": [1]},
+        _recv_failures=set(),
+        _failed_recv_reqs=Queue(),
+        _leases=Leases(20.0),
+    )
+    now_s = time.monotonic()
+    worker._leases.begin("remote-r", now_s + lease_s, min(now_s, now_s + lease_s - 1))
+    return worker, meta
+
+
+@pytest.mark.parametrize(("lease_s", "failed"), [(3600.0, set()), (-1.0, {"r"})])
+def test_what_has_come_after_its_lease_is_a_failed_fetch(lease_s, failed):
+    worker, _ = fetching_worker(lease_s)
+    assert worker._pop_done_transfers(worker._recving_transfers) == ({"r"}, failed)
+    assert len(worker._leases) == 0
+
+
+def test_nothing_is_fetched_after_its_lease():
+    worker, meta = fetching_worker(-1.0)
+    worker._read_blocks_for_req("r", meta)
+    assert worker._recv_failures == {"r"}

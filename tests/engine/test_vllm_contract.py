@@ -1,15 +1,17 @@
 """A pair of real vLLM engines keeps the contract of the Engine port, with real NIXL hand-offs."""
 
 import random
+import time
 from dataclasses import dataclass
 
+import msgspec
 import pytest
 from vllm.sampling_params import SamplingParams
 
-from engine.protocol import Phase
+from engine.protocol import Phase, PrefillFacts
 from engine.vllm_codec import SamplingPayload, encode_sampling
 from engine.vllm_engine import VllmEngine
-from tests.engine.contract import EngineContract
+from tests.engine.contract import Bench, EngineContract
 from tests.engine.local_cluster import BLOCK, engine_config
 
 BYTES_PER_TOKEN = 2 * 4 * 2 * 64 * 4
@@ -45,4 +47,14 @@ async def pair():
 
 
 class TestVllmEngine(EngineContract):
-    pass
+    async def test_a_hand_off_whose_lease_has_ended_is_not_fetched(self, bench: Bench):
+        prompt = bench.pair.prompt(3 * BLOCK + 5, seed=91)
+        await bench.run_decode(bench.pair.prompt(4, seed=7), max_tokens=1)
+        expired = bench.decode.load.kv_leases_expired_total
+        handoff = (await bench.run_prefill(prompt)).handoff
+        late = msgspec.structs.replace(handoff, expires_s=time.time() - 1)
+        answer = await bench.run_decode(prompt, 12, late)
+        assert answer.facts == PrefillFacts(len(prompt), len(prompt), 0, 0)
+        assert answer.token_ids == (await bench.run_decode(prompt, 12, salt="-local")).token_ids
+        assert bench.decode.load.kv_leases_expired_total == expired + 1
+        await bench.release(handoff)

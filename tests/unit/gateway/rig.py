@@ -249,6 +249,13 @@ class Rig(Gateway):
 
         await until(is_ready, f"{replica_id} to be ready")
 
+    async def lost(self, replica_id: str) -> None:
+        def is_lost() -> bool:
+            replica = self.cluster.get(replica_id)
+            return replica is None or not replica.attached
+
+        await until(is_lost, f"{replica_id} to be lost")
+
     async def loads_are_told(self) -> None:
         await asyncio.sleep(2 * LOAD_INTERVAL_S)
 

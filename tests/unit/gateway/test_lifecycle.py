@@ -87,7 +87,7 @@ def fails(why: str) -> tuple[Action, ...]:
     return (Fail(why),)
 
 
-LOST_D, LOST_P = (Place(frozenset({"d"})),), (Place(frozenset({"p"})),)
+AGAIN = (Place(),)
 GONE_D, GONE_P = "d did not take the request: gone", "p did not take the request: gone"
 BEFORE, SLOW = FaultKind.DECODE_LOST_BEFORE_TOKEN, FaultKind.PREFILL_SLOW
 P_LOST, P_FAILED, D_REFUSED = FaultKind.PREFILL_LOST, FaultKind.PREFILL_FAILED, FaultKind.DECODE_REFUSED
@@ -98,10 +98,10 @@ TABLE: list[tuple[SequenceState, Event, Stage, tuple[Action, ...], tuple[FaultKi
     (SPLIT, Start(), Stage.PREFILLING, (SubmitPrefill("p"),), None),
     (LOCAL, Start(), Stage.DECODING, (SubmitDecode("d", None),), None),
     (WAITING, LeaderStarted(), Stage.DECODING, (SubmitDecode("d", None),), None),
-    (WAITING, ReplicaLost("d"), Stage.PLACING, LOST_D, (BEFORE, "d was lost")),
-    (WAITING, ReplicaLost("d", is_dead=True), Stage.PLACING, LOST_D, (BEFORE, "d was lost")),
-    (WAITING, SubmitFailed("d", "gone"), Stage.PLACING, LOST_D, (BEFORE, GONE_D)),
-    (WAITING, SubmitFailed("d", "gone", is_dead=True), Stage.PLACING, LOST_D, (BEFORE, GONE_D)),
+    (WAITING, ReplicaLost("d"), Stage.PLACING, AGAIN, (BEFORE, "d was lost")),
+    (WAITING, ReplicaLost("d", is_dead=True), Stage.PLACING, AGAIN, (BEFORE, "d was lost")),
+    (WAITING, SubmitFailed("d", "gone"), Stage.PLACING, AGAIN, (BEFORE, GONE_D)),
+    (WAITING, SubmitFailed("d", "gone", is_dead=True), Stage.PLACING, AGAIN, (BEFORE, GONE_D)),
     (WAITING, AbortAsked(), Stage.DONE, (), None),
     (PREFILLING, PrefillFinished(HANDOFF), Stage.DECODING, (SubmitDecode("d", HANDOFF),), None),
     (PREFILLING, PrefillFinished(HANDOFF, has_written=True), Stage.DECODING, (SubmitDecode("d", HANDOFF),), None),
@@ -121,14 +121,14 @@ TABLE: list[tuple[SequenceState, Event, Stage, tuple[Action, ...], tuple[FaultKi
         (SubmitDecode("d", None),),
         (P_FAILED, "p did not take the request: too long"),
     ),
-    (PREFILLING, SubmitFailed("p", "gone"), Stage.PLACING, LOST_P, (P_LOST, GONE_P)),
-    (PREFILLING, ReplicaLost("p"), Stage.PLACING, LOST_P, (P_LOST, "p was lost")),
-    (PREFILLING, ReplicaLost("p", is_dead=True), Stage.PLACING, LOST_P, (P_LOST, "p was lost")),
-    (PREFILLING, Deadline(), Stage.PLACING, (AbortOn("p"), *LOST_P), (SLOW, "prefill on p took too long")),
-    (PREFILLING, SubmitFailed("d", "gone"), Stage.PLACING, (AbortOn("p"), *LOST_D), (BEFORE, GONE_D)),
-    (PREFILLING, SubmitFailed("d", "gone", is_dead=True), Stage.PLACING, (AbortOn("p"), *LOST_D), (BEFORE, GONE_D)),
-    (PREFILLING, ReplicaLost("d"), Stage.PLACING, (AbortOn("p"), *LOST_D), (BEFORE, "d was lost")),
-    (PREFILLING, ReplicaLost("d", is_dead=True), Stage.PLACING, (AbortOn("p"), *LOST_D), (BEFORE, "d was lost")),
+    (PREFILLING, SubmitFailed("p", "gone"), Stage.PLACING, AGAIN, (P_LOST, GONE_P)),
+    (PREFILLING, ReplicaLost("p"), Stage.PLACING, AGAIN, (P_LOST, "p was lost")),
+    (PREFILLING, ReplicaLost("p", is_dead=True), Stage.PLACING, AGAIN, (P_LOST, "p was lost")),
+    (PREFILLING, Deadline(), Stage.PLACING, (AbortOn("p"), *AGAIN), (SLOW, "prefill on p took too long")),
+    (PREFILLING, SubmitFailed("d", "gone"), Stage.PLACING, (AbortOn("p"), *AGAIN), (BEFORE, GONE_D)),
+    (PREFILLING, SubmitFailed("d", "gone", is_dead=True), Stage.PLACING, (AbortOn("p"), *AGAIN), (BEFORE, GONE_D)),
+    (PREFILLING, ReplicaLost("d"), Stage.PLACING, (AbortOn("p"), *AGAIN), (BEFORE, "d was lost")),
+    (PREFILLING, ReplicaLost("d", is_dead=True), Stage.PLACING, (AbortOn("p"), *AGAIN), (BEFORE, "d was lost")),
     (
         PREFILLING,
         SubmitFailed("d", "too long", refused=True),
@@ -143,10 +143,10 @@ TABLE: list[tuple[SequenceState, Event, Stage, tuple[Action, ...], tuple[FaultKi
     (PLACING, PrefillFinished(HANDOFF, has_written=True), Stage.PLACING, (Release(HANDOFF),), None),
     (PLACING, PrefillFinished(HANDOFF, None, True, True), Stage.PLACING, (Release(HANDOFF),), None),
     (DECODING, SubmitFailed("d", "too long", refused=True), Stage.DONE, fails(REFUSED), (D_REFUSED, REFUSED)),
-    (DECODING, SubmitFailed("d", "gone"), Stage.PLACING, LOST_D, (BEFORE, GONE_D)),
-    (DECODING, SubmitFailed("d", "gone", is_dead=True), Stage.PLACING, LOST_D, (BEFORE, GONE_D)),
-    (DECODING, ReplicaLost("d"), Stage.PLACING, LOST_D, (BEFORE, "d was lost")),
-    (DECODING, ReplicaLost("d", is_dead=True), Stage.PLACING, LOST_D, (BEFORE, "d was lost")),
+    (DECODING, SubmitFailed("d", "gone"), Stage.PLACING, AGAIN, (BEFORE, GONE_D)),
+    (DECODING, SubmitFailed("d", "gone", is_dead=True), Stage.PLACING, AGAIN, (BEFORE, GONE_D)),
+    (DECODING, ReplicaLost("d"), Stage.PLACING, AGAIN, (BEFORE, "d was lost")),
+    (DECODING, ReplicaLost("d", is_dead=True), Stage.PLACING, AGAIN, (BEFORE, "d was lost")),
     (DECODING, PrefillFinished(HANDOFF), Stage.DECODING, (Release(HANDOFF),), None),
     (DECODING, PrefillFinished(HANDOFF, has_written=True), Stage.DECODING, (Release(HANDOFF),), None),
     (DECODING, PrefillFinished(HANDOFF, None, True, True), Stage.DECODING, (Release(HANDOFF),), None),
@@ -155,7 +155,7 @@ TABLE: list[tuple[SequenceState, Event, Stage, tuple[Action, ...], tuple[FaultKi
         DECODING,
         DecodeFailed("out of memory"),
         Stage.PLACING,
-        LOST_D,
+        AGAIN,
         (FaultKind.DECODE_FAILED, "d failed the request: out of memory"),
     ),
     (DECODING, Delta(last=True), Stage.DONE, (), None),
@@ -183,6 +183,9 @@ def test_each_row_of_the_table_holds(
     advanced, done = advance(state, event)
     assert (advanced.stage, done) == (stage, actions)
     assert [(f.kind, f.what) for f in advanced.faults] == ([fault] if fault else [])
+    if AGAIN[0] in actions:
+        assert fault is not None
+        assert advanced.lost == ({"p"} if fault[0] in (P_LOST, SLOW) else {"d"})
     assert (advanced.prefill, advanced.decode, advanced.num_placements) == ("p" if state.prefill else None, "d", 1)
 
 
@@ -212,7 +215,7 @@ def test_what_is_lost_is_remembered() -> None:
     state, _ = advance(PREFILLING, ReplicaLost("p"))
     state, _ = advance(state, Placed("p2", "d2"))
     state, actions = advance(state, ReplicaLost("d2"))
-    assert actions == (AbortOn("p2"), Place(frozenset({"p", "d2"})))
+    assert (state.lost, actions) == ({"p", "d2"}, (AbortOn("p2"), Place()))
 
 
 def test_placements_are_bounded() -> None:
@@ -248,23 +251,23 @@ def test_a_prompt_that_no_prefill_replica_reads_in_time_is_left_to_decode() -> N
 
 def test_an_unfetched_hand_off_is_given_back_when_the_decode_replica_is_dead() -> None:
     for event in (ReplicaLost("d", is_dead=True), SubmitFailed("d", "gone", is_dead=True)):
-        assert advance(FETCHING, event)[1] == (Release(HANDOFF), *LOST_D)
+        assert advance(FETCHING, event)[1] == (Release(HANDOFF), *AGAIN)
 
 
 def test_an_unfetched_hand_off_is_left_to_its_lease_when_the_decode_replica_may_live() -> None:
     for event in (ReplicaLost("d"), SubmitFailed("d", "gone")):
         state, actions = advance(FETCHING, event)
-        assert (state.handoff, actions) == (None, LOST_D)
+        assert (state.handoff, actions) == (None, AGAIN)
 
 
 def test_a_hand_off_that_was_fetched_is_never_given_back() -> None:
     state, _ = advance(FETCHING, Delta(has_written=False))
-    assert advance(state, ReplicaLost("d", is_dead=True))[1] == LOST_D
+    assert advance(state, ReplicaLost("d", is_dead=True))[1] == AGAIN
 
 
 def test_a_fetch_from_a_prefill_replica_that_hangs_is_given_up() -> None:
     state, actions = advance(FETCHING, ReplicaLost("p"))
-    assert (state.stage, state.handoff, actions) == (Stage.PLACING, None, (AbortOn("d"), *LOST_P))
+    assert (state.stage, state.handoff, actions) == (Stage.PLACING, None, (AbortOn("d"), *AGAIN))
     # One from a dead replica fails by itself, and decode reads the prompt.
     assert advance(FETCHING, ReplicaLost("p", is_dead=True)) == (FETCHING, ())
 

@@ -264,6 +264,23 @@ def test_without_any_decode_replica_a_request_waits_for_the_next_one() -> None:
     simulate(main)
 
 
+def test_a_hand_off_that_nobody_can_give_back_is_given_back_by_the_next_decode_replica() -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            rig.transport.before_submit["decode-0"] = asyncio.Event()
+            request_id = rig.add(PROMPT, LENGTH, resumable=True)
+            await rig.placed_on(request_id, "decode-0")
+            rig.engines["decode-0"].die()
+            rig.transport.remove("decode-0")
+            await rig.lost("decode-0")
+            assert rig.transport.released == []
+            rig.transport.add(rig.new_worker(Phase.DECODE, "decode-9"))
+            await finishes_whole(rig, request_id)
+            assert [handoff.source_request_id for handoff in rig.transport.released] == [request_id]
+
+    simulate(main)
+
+
 def test_a_request_that_no_replica_can_take_fails_in_time() -> None:
     async def main() -> None:
         async with Rig(recovery_timeout_s=50.0) as rig:
