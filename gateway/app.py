@@ -110,6 +110,7 @@ class Gateway:
                 admission=AdmissionConfig(**config.admission.model_dump()),
             ),
             closed=metrics.count,
+            replica_lost=metrics.count_loss,
         )
         context = serve.get_replica_context()
         self._peers = RayPeers(context.replica_tag, serve.get_deployment_handle(context.deployment, context.app_name))

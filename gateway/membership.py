@@ -1,6 +1,7 @@
 """Owns who is in the pools: it follows their reports, warms hand-off pairs, and puts out who is lost or silent."""
 
 import asyncio
+import enum
 import logging
 import secrets
 from collections.abc import Callable, Coroutine, Mapping
@@ -26,6 +27,19 @@ WARM_UP_PAUSE_S = (0.1, 0.5, 1.0, 5.0, 30.0)
 WARM_UP_TIMEOUT_S = 60.0
 LOOKS = 4
 """How often within a time-out the watch looks for silent replicas."""
+
+
+class Loss(enum.StrEnum):
+    """How a replica that this gateway heard was lost to it."""
+
+    DEAD = "dead"
+    """Its engine or its process has ended."""
+    SILENT = "silent"
+    """It, or its engine, has told nothing for too long."""
+    UNREACHABLE = "unreachable"
+    """The link ended, and nobody knows why."""
+    LEFT = "left"
+    """Serve has taken it out of its pool; what it has runs on."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +70,11 @@ class Membership:
         on_lost: Callable[[str, bool], None],
         on_ready: Callable[[], None],
         is_needed: Callable[[Replica], bool],
+        count_loss: Callable[[Phase, Loss], None],
     ):
-        """`on_lost` is told the replica's id and whether its engine is certainly dead. `is_needed` says whether
-        requests still hold a replica that has left its pool. `spawn` runs a task until the owner closes."""
+        """`on_lost` is told the replica's id and whether its engine is certainly dead; `count_loss` only of replicas
+        that were heard. `is_needed` says whether requests still hold a replica that has left its pool. `spawn` runs a
+        task until the owner closes."""
         self._cluster = cluster
         self._transport = transport
         self._config = config
@@ -67,6 +83,7 @@ class Membership:
         self._on_lost = on_lost
         self._on_ready = on_ready
         self._is_needed = is_needed
+        self._count_loss = count_loss
         self._members: Members = {}
         self._followers: dict[str, asyncio.Task[None]] = {}
         self._streams: dict[str, asyncio.Timeout] = {}
@@ -137,6 +154,8 @@ class Membership:
                 self._spawn(self._make_ready(replica))
         for replica_id in self._followers:
             if replica_id not in members and (replica := self._cluster.get(replica_id)):
+                if replica_id in before and replica.attached:
+                    self._count_loss(replica.phase, Loss.LEFT)
                 replica.ready = False
         self.let_go_of_leavers()
         self._spawn(self._tell_readiness())
@@ -147,7 +166,7 @@ class Membership:
         """Keeps one replica's report stream attached for as long as it is a member."""
         failures = 0
         while True:
-            is_dead = False
+            loss = Loss.UNREACHABLE
             try:
                 async with asyncio.timeout(None) as stream:
                     self._streams[replica.replica_id] = stream
@@ -164,8 +183,9 @@ class Membership:
                             self._spawn(self._make_ready(replica))
             except ReplicaGoneError as error:
                 log.warning("report stream of %s broke: %s", replica.replica_id, error)
-                is_dead = error.is_dead
+                loss = Loss.DEAD if error.is_dead else Loss.UNREACHABLE
             except TimeoutError:
+                loss = Loss.SILENT
                 log.warning("%s is given up for now: it or its engine is silent", replica.replica_id)
             except asyncio.CancelledError:
                 task = asyncio.current_task()
@@ -178,7 +198,7 @@ class Membership:
             finally:
                 self._streams.pop(replica.replica_id, None)
                 self._heard_s.pop(replica.replica_id, None)
-            self._lose(replica, is_dead)
+            self._lose(replica, loss)
             if replica.replica_id not in self._members:
                 self.let_go_of_leavers()
                 return
@@ -212,12 +232,14 @@ class Membership:
                 stream.reschedule(now_s)
         self._watch = loop.call_later(interval_s, self._look) if self._streams else None
 
-    def _lose(self, replica: Replica, is_dead: bool) -> None:
+    def _lose(self, replica: Replica, loss: Loss) -> None:
+        if replica.attached:
+            self._count_loss(replica.phase, loss)
         replica.detach()
         for key, (replica_id, probe) in self._probes.items():
             if replica_id == replica.replica_id:
                 _answer(probe, TokenDelta(key, [], FinishReason.ERROR, error=f"{replica_id} was lost"))
-        self._on_lost(replica.replica_id, is_dead)
+        self._on_lost(replica.replica_id, loss is Loss.DEAD)
         replica.in_flight.clear()
         replica.in_flight_tokens = 0
 

@@ -1,9 +1,11 @@
 """Owns Baton's Prometheus metrics of this process: where requests' time went and what became of them."""
 
+from collections.abc import Collection
 from dataclasses import fields
 
 from prometheus_client import REGISTRY, Counter, Histogram, Metric
 
+from engine.protocol import Phase
 from gateway.routing.receipts import Receipt, Times
 from gateway.routing.types import Priority, Rejection
 
@@ -30,6 +32,8 @@ PREDICTED_TTFT = Histogram(
     "baton_predicted_ttft_seconds", "The time to the first token that a prompt was taken with", buckets=BUCKETS_S
 )
 FAULTS = Counter("baton_faults", "Faults met by requests, whether the client noticed or not", ["kind"])
+REPLICAS_LOST = Counter("baton_replicas_lost", "Replicas that this gateway heard and lost, by how", ["phase", "cause"])
+GATEWAYS_GONE = Counter("baton_gateways_gone", "Other gateways that were there at one scrape and not at the next")
 PROMPT_TOKENS = Counter("baton_prompt_tokens", "Prompt tokens by where they came from", ["source"])
 KV_BYTES = Counter("baton_kv_moved_bytes", "Bytes of KV cache that decode engines fetched from prefill engines")
 
@@ -58,6 +62,15 @@ def count(receipt: Receipt) -> None:
 def count_rejection(rejection: Rejection, priority: Priority) -> None:
     """Counts a prompt that has no receipt: nothing was placed."""
     REJECTIONS.labels(str(rejection.status), rejection.cause, priority).inc()
+
+
+def count_loss(phase: Phase, cause: str) -> None:
+    REPLICAS_LOST.labels(phase, cause).inc()
+
+
+def count_gateways_gone(before: Collection[str], now: Collection[str]) -> None:
+    """`before` and `now`: the ids of all gateways at two scrapes."""
+    GATEWAYS_GONE.inc(len(set(before) - set(now)))
 
 
 def collect() -> list[Metric]:

@@ -24,7 +24,7 @@ from engine.protocol import (
 from gateway import lifecycle
 from gateway.cluster import Cluster, Replica
 from gateway.lifecycle import SequenceState, Stage
-from gateway.membership import Membership, MembershipConfig
+from gateway.membership import Loss, Membership, MembershipConfig
 from gateway.outcome import Attempt, GroupTimes, History, blocks_moved, facts_for_client, outcome
 from gateway.routing.admission import AdmissionConfig, admit
 from gateway.routing.policies import Policy, place
@@ -127,6 +127,7 @@ class Orchestrator:
         config: OrchestratorConfig,
         *,
         closed: Callable[[Receipt], None] = lambda receipt: None,
+        replica_lost: Callable[[Phase, Loss], None] = lambda phase, loss: None,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
         new_seed: Callable[[], int] = lambda: secrets.randbits(32),
@@ -159,6 +160,7 @@ class Orchestrator:
             on_lost=self._on_replica_lost,
             on_ready=self._on_replica_ready,
             is_needed=self._is_needed,
+            count_loss=replica_lost,
         )
 
     # -- life of the orchestrator

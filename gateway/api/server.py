@@ -170,7 +170,12 @@ def _add_baton_routes(app: FastAPI, config: ServerConfig, orchestrator: Orchestr
         app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) != path]
         app.add_api_route(path, handler, methods=["GET"], include_in_schema=True, response_class=response_class)
 
+    gateways = peers.members()
+
     async def all_metrics() -> Response:
+        nonlocal gateways
+        before, gateways = gateways, peers.members()
+        metrics.count_gateways_gone(before, gateways)
         answers = await peers.metrics()
         by_gateway = {**answers.by_gateway, peers.own_id: metrics.collect()}
         return MetricsResponse(await asyncio.to_thread(scrape.exposition, by_gateway, answers.missing))

@@ -25,10 +25,11 @@ class Others:
 
     def __init__(self, *silent: str) -> None:
         self.silent = silent
+        self.present = ("gateway-1", "gateway-2", "gateway-3")
         self.receipts: dict[str, dict[str, Any] | None] = {"gateway-2": None, "gateway-3": {"request_id": "theirs"}}
 
     def members(self) -> tuple[str, ...]:
-        return ("gateway-1", "gateway-2", "gateway-3")
+        return self.present
 
     async def metrics(self) -> Answers[list[Metric]]:
         counts = {"gateway-2": counted(20), "gateway-3": counted(300)}
@@ -69,6 +70,15 @@ async def test_a_scrape_without_one_gateway_is_a_scrape_and_says_so():
     assert response.status_code == 200
     assert "gateway-2" not in values(response, "baton_requests_total")
     assert values(response, "baton_gateway_up") == {"gateway-1": 1, "gateway-2": 0, "gateway-3": 1}
+
+
+async def test_a_gateway_that_was_there_at_the_last_scrape_is_counted_as_gone():
+    others = Others()
+    app = await app_of(config(), others)
+    before = values(await get(app, "/metrics"), "baton_gateways_gone_total")["gateway-1"]
+    others.present = ("gateway-1", "gateway-3", "gateway-4")
+    for _ in range(2):
+        assert values(await get(app, "/metrics"), "baton_gateways_gone_total")["gateway-1"] == before + 1
 
 
 async def test_a_receipt_comes_from_whoever_has_it():

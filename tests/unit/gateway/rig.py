@@ -107,6 +107,7 @@ class Gateway:
 
     def __init__(self, transport: InProcessTransport, prefix: str = "r", **config: Any):
         self.closed: list[Receipt] = []
+        self.losses: list[tuple[str, str]] = []
         limits = OrchestratorConfig(HANDOFF_TIMEOUT_S, max_in_flight_requests=100, warm_up_sampling=b"warm-up")
         self.orchestrator = Orchestrator(
             transport,
@@ -114,6 +115,7 @@ class Gateway:
             ReceiptStore(100),
             replace(limits, **config),
             closed=self.closed.append,
+            replica_lost=lambda phase, loss: self.losses.append((phase.value, loss.value)),
             clock=asyncio.get_running_loop().time,
             wall_clock=lambda: CREATED_S,
             new_seed=lambda: 42,

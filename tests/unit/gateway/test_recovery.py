@@ -243,6 +243,7 @@ def test_a_prefill_replica_that_dies_is_replaced_by_another() -> None:
             (later,) = rig.receipt(request_id).later
             assert later.placement.prefill not in (None, first)
             assert rig.receipt(request_id).outcome.kv_blocks_moved == 6
+            assert rig.losses == [("prefill", "dead")]
 
     simulate(main)
 
@@ -277,6 +278,19 @@ def test_a_hand_off_that_nobody_can_give_back_is_given_back_by_the_next_decode_r
             rig.transport.add(rig.new_worker(Phase.DECODE, "decode-9"))
             await finishes_whole(rig, request_id)
             assert [handoff.source_request_id for handoff in rig.transport.released] == [request_id]
+
+    simulate(main)
+
+
+def test_a_replica_that_leaves_its_pool_is_told_once_and_not_as_lost() -> None:
+    async def main() -> None:
+        async with Rig(decode=2) as rig:
+            request_id = rig.add(PROMPT, LENGTH)
+            await rig.writing(request_id)
+            rig.transport.remove(decode_of(rig, request_id))
+            await finishes_whole(rig, request_id)
+            assert kinds(rig, request_id) == ()
+            assert rig.losses == [("decode", "left")]
 
     simulate(main)
 
@@ -374,6 +388,7 @@ def test_a_worker_that_falls_silent_is_put_out_and_let_back_when_it_proves_well(
             await until(lambda: replica and not replica.ready, "the silent replica to be put out")
             silence.end()
             await rig.ready(hung)
+            assert rig.losses == [(phase.value, "silent")]
 
     simulate(main)
 
@@ -394,6 +409,7 @@ def test_an_engine_that_falls_silent_is_put_out_and_let_back_when_it_proves_well
             assert replica
             await asyncio.sleep(30.0)
             assert not replica.ready
+            assert rig.losses == [("decode", "silent")]
             rig.engines[hung].go_on()
             await until(lambda: replica.ready, "it to be let back", 60.0)
 

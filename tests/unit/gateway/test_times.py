@@ -3,7 +3,7 @@
 import pytest
 from prometheus_client import REGISTRY
 
-from engine.protocol import FinishReason
+from engine.protocol import FinishReason, Phase
 from gateway import metrics
 from gateway.routing.receipts import Times
 from tests.unit.gateway.rig import PROMPT, Rig
@@ -101,3 +101,11 @@ def test_the_orchestrator_tells_of_each_receipt_that_closes() -> None:
             assert closed == [receipt]
 
     simulate(main)
+
+
+def test_losses_and_gateways_that_have_gone_are_counted() -> None:
+    lost, gone = sample("baton_replicas_lost_total", phase="decode", cause="dead"), sample("baton_gateways_gone_total")
+    metrics.count_loss(Phase.DECODE, "dead")
+    metrics.count_gateways_gone(("a", "b", "c"), ("b", "d"))
+    assert sample("baton_replicas_lost_total", phase="decode", cause="dead") == lost + 1
+    assert sample("baton_gateways_gone_total") == gone + 2
