@@ -109,7 +109,9 @@ class HandoffSettings(Section):
     """How KV blocks travel from prefill to decode."""
 
     connector: Literal["nixl"] = "nixl"
-    lease_s: PositiveInt = Field(default=30, description="prefill keeps unfetched blocks this long")
+    lease_s: int = Field(
+        default=30, ge=6, description="prefill keeps blocks this long after decode's last sign, one each sixth of it"
+    )
     progress_thread_delay_us: Annotated[int, Field(ge=0)] = Field(
         default=100, description="pause between NIXL's progress polls; 0 spins a core per engine process"
     )
@@ -247,17 +249,6 @@ class Settings(BaseSettings):
             raise ValueError(
                 "pools.prefill.engine.block_size_tokens and pools.decode.engine.block_size_tokens differ; "
                 "the hand-off needs the same block size on both sides"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _lease_outlives_a_hang(self) -> Self:
-        lease_s, engine_timeout_s = self.handoff.lease_s, self.recovery.engine_timeout_s
-        if self.pools.prefill.replicas and lease_s <= engine_timeout_s:
-            raise ValueError(
-                f"handoff.lease_s is {lease_s} and recovery.engine_timeout_s {engine_timeout_s:g}: a decode engine "
-                "that hangs for less than that and goes on would fetch blocks that hold another prompt by then, and "
-                "answer wrongly; make the lease longer"
             )
         return self
 
