@@ -48,10 +48,10 @@ class ServeControl:
         """Returns when Serve has been told; it takes its time."""
         self._ask("scale", deployment, num_replicas)
 
-    def update(self, settings_file: Path, simulation: dict[str, Any]) -> None:
-        """Deploys the run's application anew, with other settings of the simulated engines: every replica of every
-        deployment is replaced. Returns when Serve has been told; it takes its time."""
-        self._ask("update", str(settings_file), simulation)
+    def update(self, settings_file: Path) -> None:
+        """Deploys the run's application anew, with other settings: every replica of every deployment is replaced.
+        Returns when Serve has been told; it takes its time."""
+        self._ask("update", str(settings_file))
 
     def close(self) -> None:
         """May be repeated."""
@@ -100,11 +100,9 @@ def main(address: str) -> None:
     def scale(deployment: str, num_replicas: int) -> None:
         ray.get(controller.update_deployment_replicas.remote(DeploymentID(deployment, APP_NAME), num_replicas))
 
-    def update(settings_file: str, simulation: dict[str, Any]) -> None:
-        settings = Settings.model_validate_json(Path(settings_file).read_text())
-        assert settings.simulation is not None
-        changed = settings.model_copy(update={"simulation": settings.simulation.model_copy(update=simulation)})
-        target = serve.RunTarget(target=build(changed), name=APP_NAME, route_prefix="/", external_scaler_enabled=True)
+    def update(settings_file: str) -> None:
+        app = build(Settings.model_validate_json(Path(settings_file).read_text()))
+        target = serve.RunTarget(target=app, name=APP_NAME, route_prefix="/", external_scaler_enabled=True)
         serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
 
     commands = {"pids": pids, "scale": scale, "update": update}
