@@ -216,6 +216,11 @@ class Site:
         file.write_text(settings.model_dump_json())
         await asyncio.to_thread(control.update, file)
 
+    async def update_failure(self) -> str:
+        """Why Serve has given up an update; empty if it has not."""
+        control = await self._serve_control()
+        return await asyncio.to_thread(control.failure)
+
     async def _serve_control(self) -> ServeControl:
         if self._control is None:
             pids = [process.pid for process in self.processes()]

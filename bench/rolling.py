@@ -13,7 +13,7 @@ from bench import cpu
 from bench.fault_asks import Answer, Ask, End, LoopAsks
 from bench.fault_clients import Client, connections
 from bench.fault_report import KV_BACK_S, ReceiptFacts
-from bench.fault_site import LOOK_UP_S, Site, is_running, wait_for
+from bench.fault_site import Site, is_running, wait_for
 from bench.results import Setting
 from bench.rolling_report import (
     DEPLOYMENTS,
@@ -28,9 +28,11 @@ from bench.rolling_report import (
     max_num_seqs,
     ready_replicas,
 )
+from gateway.launcher import root_cause
 from gateway.settings import Settings
 
 POLL_S = 1.0
+LOOK_AT_SERVE_EVERY_S = 5.0
 SAY_EVERY_S = 15.0
 RECEIPT_S = 5.0
 RECEIPT_POLL_S = 0.3
@@ -63,7 +65,8 @@ class Load:
         self.give_up()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for task in done:
-            task.result()
+            if not task.cancelled():
+                task.result()
 
     async def asked(self) -> list[Asked]:
         """With their receipts."""
@@ -173,10 +176,12 @@ class RollingUpdate:
                 self._say(_progress(now_s - began_s, rollout, load))
             if not wrong and all(one.took_s is not None for one in rollout.replaced()):
                 return round(now_s - began_s, 1), ""
-            if now_s - looked_s > LOOK_UP_S:
+            if now_s - looked_s > LOOK_AT_SERVE_EVERY_S:
                 looked_s = now_s
                 if self._site.has_ended:
                     return None, "baton serve has ended"
+                if failure := await self._site.update_failure():
+                    return None, f"Serve has given the update up: {root_cause(failure)}"
             if now_s - began_s > WHOLE_LIMIT_S:
                 return None, wrong or "not every replica was replaced"
             await asyncio.sleep(POLL_S)

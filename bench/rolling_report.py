@@ -210,13 +210,11 @@ def evaluate(
     setting: Setting,
     asked: Sequence[Asked],
     references: Mapping[str, Answer],
-    seen: Observed | None,
+    seen: Observed,
     *,
     complete: bool,
 ) -> RollingReport:
-    """`references`: the undisturbed answers by name. `seen` is None where there was no update."""
-    if seen is None:
-        return RollingReport(False, plan, setting)
+    """`references`: the undisturbed answers by name."""
     kinds: Counter[str] = Counter()
     troubles: list[Trouble] = []
     failed = differing = compared = met_fault = 0
@@ -228,9 +226,9 @@ def evaluate(
         if answer.end is not End.COMPLETE:
             failed += 1
             problem = f"{answer.status} {answer.error}".strip()[:500]
-        elif reference := references.get(answer.name):
+        elif (reference := references.get(answer.name)) and reference.end is End.COMPLETE:
             problem = difference(answer, reference)
-            compared += reference.end is End.COMPLETE
+            compared += 1
             differing += bool(problem)
         if problem or faults:
             troubles.append(_trouble(one, problem, seen.began_s))
@@ -299,10 +297,10 @@ def targets(plan: RollingPlan, num_replicas: Mapping[str, int]) -> tuple[Rolling
     return (
         RollingTarget("requests while replicas were replaced", lambda r: r.during.requests if r.during else None,
                       5 * plan.clients, is_floor=True),
-        RollingTarget("failed requests", lambda r: r.failed, 0),
-        RollingTarget("answers that differ from an undisturbed run", lambda r: r.differing, 0),
+        RollingTarget("failed requests", lambda r: r.failed if r.requests else None, 0),
+        RollingTarget("answers that differ from an undisturbed run", lambda r: r.differing if r.compared else None, 0),
         RollingTarget("answers without an undisturbed one to compare with",
-                      lambda r: r.requests - r.failed - r.compared, 0),
+                      lambda r: r.requests - r.failed - r.compared if r.requests else None, 0),
         *(
             RollingTarget(f"{name} replicas replaced", _num_replaced(name), number, is_floor=True)
             for name, number in num_replicas.items()
@@ -327,9 +325,12 @@ def _num_left_over(report: RollingReport) -> float | None:
 
 
 def table(report: RollingReport) -> Table:
+    """Empty where no update came to its end."""
     shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False, show_header=False)
     shown.add_column("")
     shown.add_column("", justify="right", overflow="fold")
+    if report.during is None:
+        return shown
     rows: list[tuple[str, str]] = []
     for name, part in (("before the update", report.before), ("from then on", report.during)):
         if part is not None:
@@ -347,11 +348,11 @@ def table(report: RollingReport) -> Table:
         *((f"  {kind}", f"{number:,}") for kind, number in report.fault_kinds.items()),
         ("receipts that went with their gateway", f"{report.without_receipt:,}"),
         *(
-            (f"{one.deployment} replicas replaced", f"{one.num_replaced} of {one.num_before}{_after(one.took_s)}")
+            (f"{one.deployment} replicas replaced", f"{one.num_replaced} of {one.num_before}; {_shown(one.took_s)}")
             for one in report.replaced
         ),
-        ("whole again", _shown(report.whole_s) if report.whole_s else f"never: {report.not_whole}"),
-        ("KV blocks back after the last answer", _shown(report.kv_back_s) if report.kv_back_s else report.kv_wrong),
+        ("whole again", _shown(report.whole_s) or f"never: {report.not_whole}"),
+        ("KV blocks back after the last answer", _shown(report.kv_back_s) or report.kv_wrong),
         ("missing or left over", report.left_over or "nothing"),
     ]
     for row in rows:
@@ -359,12 +360,8 @@ def table(report: RollingReport) -> Table:
     return shown
 
 
-def _shown(seconds: float) -> str:
-    return f"{seconds:.1f} s"
-
-
-def _after(seconds: float | None) -> str:
-    return "" if seconds is None else f" after {seconds:.1f} s"
+def _shown(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds:.1f} s"
 
 
 def write_json(report: RollingReport, path: Path) -> None:

@@ -53,6 +53,10 @@ class ServeControl:
         Returns when Serve has been told; it takes its time."""
         self._ask("update", str(settings_file))
 
+    def failure(self) -> str:
+        """Why Serve has given up an update; empty if it has not."""
+        return self._ask("failure")
+
     def close(self) -> None:
         """May be repeated."""
         self._process.kill()
@@ -79,9 +83,9 @@ def _processes(pids: Iterable[int]) -> Iterator[tuple[psutil.Process, list[str]]
 def main(address: str) -> None:
     import ray
     from ray import serve
-    from ray.serve._private.common import DeploymentID
+    from ray.serve._private.common import DeploymentID, DeploymentStatus
     from ray.serve.context import _get_global_client
-    from ray.serve.schema import ServeInstanceDetails
+    from ray.serve.schema import ApplicationStatus, ServeInstanceDetails
 
     from gateway.app import build
     from gateway.settings import Settings
@@ -105,7 +109,17 @@ def main(address: str) -> None:
         target = serve.RunTarget(target=app, name=APP_NAME, route_prefix="/", external_scaler_enabled=True)
         serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
 
-    commands = {"pids": pids, "scale": scale, "update": update}
+    def failure() -> str:
+        told: Any = ray.get(controller.get_serve_instance_details.remote())
+        app = ServeInstanceDetails(**told).applications[APP_NAME]
+        if app.status != ApplicationStatus.DEPLOY_FAILED:
+            return ""
+        return (
+            " ".join(one.message for one in app.deployments.values() if one.status == DeploymentStatus.DEPLOY_FAILED)
+            or app.message
+        )
+
+    commands = {"pids": pids, "scale": scale, "update": update, "failure": failure}
     for line in sys.stdin:
         command, *arguments = json.loads(line)
         print(json.dumps(commands[command](*arguments)), flush=True)
