@@ -165,7 +165,7 @@ class RollingUpdate:
         while True:
             views, living = await self._site.views(), [id for id, pid in pids.items() if is_running(pid)]
             now_s = time.monotonic()
-            grown = rollout.take(now_s - began_s, living, ready_replicas(views, self._wanted))
+            grown = rollout.take(round(now_s - began_s, 1), living, ready_replicas(views, self._wanted))
             wrong = self._site.not_whole_of(views, pids)
             if not wrong and living:
                 wrong = f"{living} run still"

@@ -20,7 +20,9 @@ DEPLOYMENTS = ("prefill", "decode", "gateway")
 WHOLE_LIMIT_S = 900.0
 """Longer than any update takes on two cores: one that is stuck is to be told from one that is slow."""
 
-GAP_LIMIT_S = 10.0
+GAP_LIMIT_S = 5.0
+"""What a gateway lets a worker be silent for: a longer pause would have been a fault."""
+
 TROUBLES_KEPT = 20
 DEFAULT_MAX_NUM_SEQS = 64
 
