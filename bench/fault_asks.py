@@ -32,6 +32,8 @@ BLOCKERS = 4
 LOWEST_TOKEN, HIGHEST_TOKEN = 20, 1500
 """Plain tokens of the shipped model."""
 
+PENALTIES = {"frequency_penalty": 0.4, "presence_penalty": 0.2, "repetition_penalty": 1.1}
+
 MODEL = "baton-mini"
 WORDS = ("baton", "relay", "runner", "cache", "token", "block", "prefill", "decode")
 
@@ -90,6 +92,8 @@ class Answer:
     sent_s: float = 0.0
     first_token_s: float | None = None
     ended_s: float | None = None
+    longest_gap_s: float = 0.0
+    """Between two events with tokens."""
 
     @property
     def num_tokens(self) -> int:
@@ -181,7 +185,7 @@ class Asks:
             _completion(f"seeded-{number}", self._prompt(SHORT_PROMPT_TOKENS), temperature=0.8, seed=number + 1)
             for number in range(2)
         ]
-        return [*greedy, *seeded, self._tool_call("tools")]
+        return [*greedy, *seeded, _tool_call("tools", self._rng, 100)]
 
     def target(self) -> Ask:
         early = self._case.moment in (Moment.QUEUED, Moment.PREFILLING, Moment.BEFORE_PULL, Moment.BEFORE_TOKEN)
@@ -193,15 +197,14 @@ class Asks:
             case Kind.SEEDED:
                 return _completion("target", prompt, max_tokens, temperature=0.8, seed=7)
             case Kind.PENALTIES:
-                penalties = {"frequency_penalty": 0.4, "presence_penalty": 0.2, "repetition_penalty": 1.1}
-                return _completion("target", prompt, max_tokens, temperature=0.8, seed=7, **penalties)
+                return _completion("target", prompt, max_tokens, temperature=0.8, seed=7, **PENALTIES)
             case Kind.CHOICES:
                 return _completion("target", prompt, max_tokens, temperature=0.8, seed=7, n=2)
             case Kind.LOGPROBS:
                 return _completion("target", prompt, max_tokens, temperature=0.8, seed=7, logprobs=3)
             case Kind.SCHEMA:
                 schema = {"type": "json_schema", "json_schema": {"name": "words", "schema": _words(200)}}
-                return self._chat("target", response_format=schema)
+                return _chat("target", self._rng, response_format=schema)
 
     def blockers(self) -> list[Ask]:
         """Long prompts that keep every prefill engine busy, so that the next one waits."""
@@ -220,16 +223,51 @@ class Asks:
         return [_completion(f"{FLOOD}{number}", prompt, FLOOD_TOKENS) for number in range(FLOOD_SIZE)]
 
     def _prompt(self, num_tokens: int) -> list[int]:
-        return [self._rng.randrange(LOWEST_TOKEN, HIGHEST_TOKEN) for _ in range(num_tokens)]
+        return _prompt(self._rng, num_tokens)
 
-    def _tool_call(self, name: str) -> Ask:
-        function = {"name": "note", "description": "Notes words.", "parameters": _words(100)}
-        return self._chat(name, tools=[{"type": "function", "function": function}], tool_choice="required")
 
-    def _chat(self, name: str, **more: Any) -> Ask:
-        content = " ".join(self._rng.choice(WORDS) for _ in range(12))
-        body = {"messages": [{"role": "user", "content": f"Note these words: {content}"}], "max_tokens": ANSWER_TOKENS}
-        return Ask(name, CHAT, _body(**body, **more))
+class LoopAsks:
+    """The requests of a client that asks one after the other: of each kind in turn, and no two alike. After the loss of
+    a replica the first two kinds are continued and the others replayed. Answers take some seconds at most."""
+
+    KINDS = ("greedy", "seeded", "penalties", "tools")
+    PROMPT_TOKENS = (16, 600)
+    ANSWER_TOKENS = (100, 400)
+
+    def __init__(self, number: int, seed: int) -> None:
+        self._number = number
+        self._rng = random.Random(f"loop {number} {seed}")
+        self._num_asked = 0
+
+    def next(self) -> Ask:
+        """Its name begins with its kind."""
+        rng = self._rng
+        kind = self.KINDS[(self._number + self._num_asked) % len(self.KINDS)]
+        self._num_asked += 1
+        name, max_tokens = f"{kind}-{self._number}-{self._num_asked}", rng.randint(*self.ANSWER_TOKENS)
+        if kind == "tools":
+            return _tool_call(name, rng, num_words=max_tokens // 4)
+        prompt = _prompt(rng, rng.randint(*self.PROMPT_TOKENS))
+        if kind == "greedy":
+            return _completion(name, prompt, max_tokens)
+        seeded = {"temperature": 0.8, "seed": self._num_asked}
+        return _completion(name, prompt, max_tokens, **seeded, **(PENALTIES if kind == "penalties" else {}))
+
+
+def _prompt(rng: random.Random, num_tokens: int) -> list[int]:
+    return [rng.randrange(LOWEST_TOKEN, HIGHEST_TOKEN) for _ in range(num_tokens)]
+
+
+def _tool_call(name: str, rng: random.Random, num_words: int) -> Ask:
+    function = {"name": "note", "description": "Notes words.", "parameters": _words(num_words)}
+    tools = [{"type": "function", "function": function}]
+    return _chat(name, rng, tools=tools, tool_choice="required")
+
+
+def _chat(name: str, rng: random.Random, **more: Any) -> Ask:
+    content = " ".join(rng.choice(WORDS) for _ in range(12))
+    body = {"messages": [{"role": "user", "content": f"Note these words: {content}"}], "max_tokens": ANSWER_TOKENS}
+    return Ask(name, CHAT, _body(**body, **more))
 
 
 def _completion(name: str, prompt: list[int], max_tokens: int = ANSWER_TOKENS, **more: Any) -> Ask:

@@ -31,6 +31,7 @@ class Client:
         self.answer = Answer(ask.name, sent_s=time.monotonic() - clock_s)
         self._clock_s = clock_s
         self._leaving = False
+        self._last_tokens_s: float | None = None
         self._task = asyncio.create_task(self._run(http, url))
 
     @property
@@ -73,9 +74,10 @@ class Client:
                     answer.error = (await response.aread()).decode(errors="replace")[:500]
                     return
                 async for line in response.aiter_lines():
+                    num_before = answer.num_tokens
                     answer.take(line)
-                    if answer.first_token_s is None and answer.num_tokens:
-                        answer.first_token_s = self._now_s()
+                    if answer.num_tokens > num_before:
+                        self._took_tokens()
             answer.close()
         except httpx.TimeoutException as error:
             answer.end, answer.error = End.HUNG, repr(error)
@@ -88,6 +90,14 @@ class Client:
             raise
         finally:
             answer.ended_s = self._now_s()
+
+    def _took_tokens(self) -> None:
+        now_s, answer = time.monotonic(), self.answer
+        if self._last_tokens_s is None:
+            answer.first_token_s = now_s - self._clock_s
+        else:
+            answer.longest_gap_s = max(answer.longest_gap_s, now_s - self._last_tokens_s)
+        self._last_tokens_s = now_s
 
     def _now_s(self) -> float:
         return time.monotonic() - self._clock_s

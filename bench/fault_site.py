@@ -74,9 +74,7 @@ class Site:
 
     async def stop(self) -> None:
         """Ends everything; a process that was stopped is continued first, or SIGTERM would not reach it."""
-        if self._control is not None:
-            self._control.close()
-            self._control = None
+        self.let_go_of_serve()
         for process in self._system.processes():
             with suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGCONT)
@@ -179,6 +177,18 @@ class Site:
     def not_whole_of(self, views: Views, without: Collection[str] = ()) -> str:
         return not_whole(views, self.size, without)
 
+    async def until_empty(self, timeout_s: float, but: Iterable[str] = ()) -> tuple[float | None, str]:
+        """How long it takes until no engine but those holds anything, and else what does."""
+        but, began_s, wrong = set(but), time.monotonic(), "no gateway answers"
+        while True:
+            views = await self.views()
+            took_s = time.monotonic() - began_s
+            if views and not (wrong := not_empty(views, but)):
+                return round(took_s, 3), ""
+            if took_s > timeout_s:
+                return None, wrong
+            await asyncio.sleep(POLL_S)
+
     async def not_well(self) -> str:
         """Why the run is not as it was when it was new: whole, empty, reachable, and no process too many."""
         views = await self.views()
@@ -194,17 +204,47 @@ class Site:
     # -- Serve
 
     async def scale(self, deployment: str, num_replicas: int) -> None:
+        control = await self._serve_control()
+        await asyncio.to_thread(control.scale, deployment, num_replicas)
+
+    async def replicas(self, deployment: str) -> dict[str, int]:
+        """The processes of the replicas that Serve runs now, by replica id."""
+        control = await self._serve_control()
+        return await asyncio.to_thread(control.pids, deployment)
+
+    async def update(self, change: Callable[[Settings], Settings]) -> None:
+        """Deploys the application anew with changed settings. Returns when Serve has been told."""
+        control, paths = await self._serve_control(), self._paths()
+        settings = change(Settings.model_validate_json(paths.settings.read_text()))
+        file = paths.root / "changed-settings.json"
+        file.write_text(settings.model_dump_json())
+        await asyncio.to_thread(control.update, file)
+
+    async def update_failure(self) -> str:
+        """Why Serve has given up an update; empty if it has not."""
+        control = await self._serve_control()
+        return await asyncio.to_thread(control.failure)
+
+    async def _serve_control(self) -> ServeControl:
         if self._control is None:
             pids = [process.pid for process in self.processes()]
             self._control = await asyncio.to_thread(ServeControl, pids)
-        await asyncio.to_thread(self._control.scale, deployment, num_replicas)
+        return self._control
 
-    # -- logs
+    def let_go_of_serve(self) -> None:
+        """Ends the process that talks to Serve, which is one too many in a tidy run."""
+        if self._control is not None:
+            self._control.close()
+            self._control = None
+
+    # -- files
+
+    def _paths(self) -> RunPaths:
+        return RunPaths(base_dir() / self.url.rpartition(":")[2])
 
     def keep_logs(self, folder: Path) -> None:
         """The ends of the run's log files."""
-        port = int(self.url.rpartition(":")[2])
-        logs = RunPaths(base_dir() / str(port)).logs
+        logs = self._paths().logs
         shutil.rmtree(folder, ignore_errors=True)
         for file in sorted(logs.rglob("*")) + sorted((logs / "ray").resolve().rglob("*")):
             with suppress(OSError):

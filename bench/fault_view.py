@@ -22,6 +22,7 @@ class LoadView(msgspec.Struct, frozen=True):
 
 class InfoView(msgspec.Struct, frozen=True):
     pids: list[int] = []
+    max_num_seqs: int = 0
 
 
 class ReplicaView(msgspec.Struct, frozen=True):

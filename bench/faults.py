@@ -36,7 +36,7 @@ from bench.fault_report import (
     whole_limit_s,
 )
 from bench.fault_site import LOOK_UP_S, POLL_S, Site, is_running, measure_cold_start_s, wait_for
-from bench.fault_view import Views, held_by_gateway, in_flight, load_of, not_empty, replicas_of, rise
+from bench.fault_view import Views, held_by_gateway, in_flight, load_of, replicas_of, rise
 from gateway.settings import Settings
 
 STAGE_TIMEOUT_S = 30.0
@@ -355,7 +355,7 @@ class CaseRun:
         is_struck_for_good = not is_held and case.blow is not Blow.DRAIN
         watch = asyncio.create_task(self._whole(from_s, gone)) if is_struck_for_good else None
         await all_ended(clients, STOPPED_AT_MOST_S if is_held else ANSWERS_TIMEOUT_S)
-        kv_back_s, kv_wrong = await self._empty(names)
+        kv_back_s, kv_wrong = await site.until_empty(KV_BACK_S, names)
         if is_held:
             from_s = self._continue(struck)
         if case.blow is Blow.DRAIN:
@@ -367,7 +367,7 @@ class CaseRun:
             # It was whole once; it must be whole now.
             _, not_whole = await self._whole(time.monotonic(), gone)
             whole_s = None if not_whole else whole_s
-        kv_all_back_s, kv_all_wrong = await self._empty(())
+        kv_all_back_s, kv_all_wrong = await site.until_empty(KV_BACK_S)
         return Observed(
             state=self._stage.state,
             struck=tuple(struck),
@@ -385,18 +385,6 @@ class CaseRun:
             with suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGCONT)
         return time.monotonic()
-
-    async def _empty(self, but: Iterable[str]) -> tuple[float | None, str]:
-        """How long it takes until no engine holds anything, and else what does."""
-        began_s, wrong = time.monotonic(), "no gateway answers"
-        while True:
-            views = await self._site.views()
-            took_s = time.monotonic() - began_s
-            if views and not (wrong := not_empty(views, but)):
-                return round(took_s, 3), ""
-            if took_s > KV_BACK_S:
-                return None, wrong
-            await asyncio.sleep(POLL_S)
 
     async def _drained(self, phase: str) -> None:
         deadline_s = time.monotonic() + STAGE_TIMEOUT_S

@@ -53,10 +53,14 @@ class ServeControl:
         """Returns when Serve has been told; it takes its time."""
         self._ask("scale", deployment, num_replicas)
 
-    def update(self, settings_file: Path, simulation: dict[str, Any]) -> None:
-        """Deploys the run's application anew, with other settings of the simulated engines: every replica of every
-        deployment is replaced. Returns when Serve has been told; it takes its time."""
-        self._ask("update", str(settings_file), simulation)
+    def update(self, settings_file: Path) -> None:
+        """Deploys the run's application anew, with other settings: every replica of every deployment is replaced.
+        Returns when Serve has been told; it takes its time."""
+        self._ask("update", str(settings_file))
+
+    def failure(self) -> str:
+        """Why Serve has given up an update; empty if it has not."""
+        return self._ask("failure")
 
     def close(self) -> None:
         """May be repeated."""
@@ -84,9 +88,9 @@ def _processes(pids: Iterable[int]) -> Iterator[tuple[psutil.Process, list[str]]
 def main(address: str) -> None:
     import ray
     from ray import serve
-    from ray.serve._private.common import DeploymentID
+    from ray.serve._private.common import DeploymentID, DeploymentStatus
     from ray.serve.context import _get_global_client
-    from ray.serve.schema import ServeInstanceDetails
+    from ray.serve.schema import ApplicationStatus, ServeInstanceDetails
 
     from gateway.app import build
     from gateway.settings import Settings
@@ -105,14 +109,22 @@ def main(address: str) -> None:
     def scale(deployment: str, num_replicas: int) -> None:
         ray.get(controller.update_deployment_replicas.remote(DeploymentID(deployment, APP_NAME), num_replicas))
 
-    def update(settings_file: str, simulation: dict[str, Any]) -> None:
-        settings = Settings.model_validate_json(Path(settings_file).read_text())
-        assert settings.simulation is not None
-        changed = settings.model_copy(update={"simulation": settings.simulation.model_copy(update=simulation)})
-        target = serve.RunTarget(target=build(changed), name=APP_NAME, route_prefix="/", external_scaler_enabled=True)
+    def update(settings_file: str) -> None:
+        app = build(Settings.model_validate_json(Path(settings_file).read_text()))
+        target = serve.RunTarget(target=app, name=APP_NAME, route_prefix="/", external_scaler_enabled=True)
         serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
 
-    commands = {"pids": pids, "scale": scale, "update": update}
+    def failure() -> str:
+        told: Any = ray.get(controller.get_serve_instance_details.remote())
+        app = ServeInstanceDetails(**told).applications[APP_NAME]
+        if app.status != ApplicationStatus.DEPLOY_FAILED:
+            return ""
+        return (
+            " ".join(one.message for one in app.deployments.values() if one.status == DeploymentStatus.DEPLOY_FAILED)
+            or app.message
+        )
+
+    commands = {"pids": pids, "scale": scale, "update": update, "failure": failure}
     for line in sys.stdin:
         command, *arguments = json.loads(line)
         print(json.dumps(commands[command](*arguments)), flush=True)

@@ -13,6 +13,7 @@ import msgspec
 import ray
 from ray import serve
 
+from engine import cores
 from engine.link import LinkServer
 from engine.protocol import Engine, Phase
 from engine.simulated import SimulatedEngine, SimulatedEngineConfig, SimulatedFabric
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 class EngineSpec:
     """What the replicas of one pool are started with; each replica adds its own id, node address and cores.
 
-    An engine that is silent for longer than `replace_after_s` (`Worker.check_engine`) is given up. With `simulation`
+    `leaves_within_s`: how long a replica may take to leave, whose cores another one waits for. An engine that is silent
+    for longer than `replace_after_s` (`Worker.check_engine`) is given up. With `simulation`
     the engines are simulated, and of what vLLM's take only `model` counts: its tokenizer.
     """
 
@@ -43,6 +45,7 @@ class EngineSpec:
     env: dict[str, str] = field(default_factory=dict)
     simulation: SimulatedEngineConfig | None = None
     replace_after_s: float = 120.0
+    leaves_within_s: float = 630.0
 
     def simulated_config(self) -> SimulatedEngineConfig:
         """With the vocabulary of the model's tokenizer. Raises ValueError when that cannot be used."""
@@ -106,23 +109,27 @@ class WorkerReplica:
         self._replica_id = context.replica_tag
         self._replace_after_s = spec.replace_after_s
         host = ray.util.get_node_ip_address()
-        engine = await self._start_engine(spec, context.rank.local_rank, host)
+        engine = await self._start_engine(spec, f"{context.app_name} {context.deployment}", host)
         self._worker = self.worker_class(self._replica_id, engine)
         self._links = await LinkServer.start(self._worker, host)
         self._ending = asyncio.create_task(self._end_with_engine())
         calm_garbage_collector()
 
-    async def _start_engine(self, spec: EngineSpec, rank: int, host: str) -> Engine:
-        """`rank` tells the replicas of one node apart."""
+    async def _start_engine(self, spec: EngineSpec, pool: str, host: str) -> Engine:
+        """Raises TimeoutError when no cores get free."""
         log = logging.getLogger("ray.serve")
         if spec.simulation is not None:
             log.warning("the engine of %s is simulated: it computes nothing", self._replica_id)
             return spec.simulated_engine(self._replica_id)
         from engine.vllm_engine import VllmEngine
 
-        cores = spec.cpu_cores[rank] if spec.cpu_cores else []
-        log.info("starting the engine of %s on cores %s", self._replica_id, cores or "any")
-        return await VllmEngine.start(spec.engine_config(self._replica_id, cores, host))
+        numbers: tuple[int, ...] = ()
+        if spec.cpu_cores:
+            node = ray.get_runtime_context().get_node_id()
+            self._cores = await cores.take(f"{node} {pool}", spec.cpu_cores, spec.leaves_within_s)
+            numbers = self._cores.numbers
+        log.info("starting the engine of %s on cores %s", self._replica_id, numbers or "any")
+        return await VllmEngine.start(spec.engine_config(self._replica_id, numbers, host))
 
     async def hello(self) -> str:
         """Any replica's id: makes a caller's router learn the pool."""

@@ -35,6 +35,9 @@ DRAIN_CHECK_S = 0.5
 HEALTH_CHECK_PERIOD_S = 2.0
 """How long Serve may take to notice that a replica's process is gone; its default of 10 s is twice our bound."""
 
+SERVE_ENDS_WITHIN_S = 30.0
+"""What Serve takes at most to end the process of a replica whose time to drain is over."""
+
 FEWEST_READY = {Phase.DECODE: 1, Phase.PREFILL: 0}
 """What a gateway waits for when it starts, beside every replica that Serve lists then. After the loss of a node a pool
 may be incomplete for long, and gateways that wait for the missing part could not be replaced meanwhile."""
@@ -197,6 +200,7 @@ def engine_spec(settings: Settings, phase: Phase) -> EngineSpec:
         engine_args=arguments | engine.extra_args,
         device=pool.device,
         cpu_cores=pool.cpu_cores or [],
+        leaves_within_s=settings.gateway.drain_timeout_s + SERVE_ENDS_WITHIN_S,
         lease_s=settings.handoff.lease_s,
         progress_thread_delay_us=settings.handoff.progress_thread_delay_us,
         ucx_tls=settings.handoff.ucx_tls,

@@ -1,6 +1,7 @@
 """Gateways and workers over real Ray Serve, with simulated engines: what each knows of the other, and what becomes of
 the streams when one of them leaves or dies."""
 
+import json
 import os
 import signal
 import time
@@ -282,7 +283,7 @@ def test_streams_on_a_worker_that_dies_go_on_elsewhere_and_a_new_one_joins(site:
     site.serves_with(replaced)
 
 
-def test_a_rolling_update_of_everything_under_load_fails_no_request(site: Site, run: Run) -> None:
+def test_a_rolling_update_of_everything_under_load_fails_no_request(site: Site, run: Run, tmp_path: Path) -> None:
     site.scale_and_wait(NUM_WORKERS)
     before = {name: set(site.control.pids(name)) for name in ("gateway", "decode")}
     running: list[Stream] = []
@@ -296,7 +297,10 @@ def test_a_rolling_update_of_everything_under_load_fails_no_request(site: Site, 
         now = {name: set(site.control.pids(name)) for name in before}
         return all(len(now[name]) == len(before[name]) and not now[name] & before[name] for name in before)
 
-    site.control.update(run.run_dir / "settings.json", {"decode_s_per_request": 1e-6})
+    settings = json.loads((run.run_dir / "settings.json").read_text())
+    settings["simulation"]["decode_s_per_request"] = 1e-6
+    (changed := tmp_path / "settings.json").write_text(json.dumps(settings))
+    site.control.update(changed)
     wait_until(is_replaced, "all replicas to be new ones", UPDATE_S)
     ended(running)
     finished += running

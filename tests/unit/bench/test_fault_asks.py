@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from bench.fault_asks import Answer, Asks, Choice, End, begins, difference
+from bench.fault_asks import Answer, Asks, Choice, End, LoopAsks, begins, difference
 from bench.fault_cases import Blow, Case, Kind, Moment, Victim, all_cases
 
 
@@ -49,6 +49,20 @@ def test_every_request_of_a_case_has_a_name_of_its_own_and_streams_token_ids(one
     everything = [*asks.background(), asks.target(), *asks.blockers(), asks.late(), *asks.flood()]
     assert len({ask.name for ask in everything}) == len(everything)
     assert all(ask.body["stream"] and ask.body["return_token_ids"] for ask in everything)
+
+
+def test_clients_that_ask_one_after_the_other_take_turns_with_all_kinds_and_repeat_nothing() -> None:
+    clients = [[asks.next() for _ in range(8)] for asks in (LoopAsks(0, 5), LoopAsks(1, 5))]
+    asked = [ask for client in clients for ask in client]
+    assert len({ask.name for ask in asked}) == len({json.dumps(ask.body) for ask in asked}) == len(asked)
+    assert [ask.name.partition("-")[0] for ask in clients[1][:4]] == ["seeded", "penalties", "tools", "greedy"]
+    assert clients[0] == [asks.next() for asks in [LoopAsks(0, 5)] for _ in range(8)]
+    assert clients[0][0] != LoopAsks(0, 6).next()
+    for ask in asked:
+        kind, body = ask.name.partition("-")[0], ask.body
+        assert ("seed" in body, "frequency_penalty" in body, "tools" in body) == (
+            kind in ("seeded", "penalties"), kind == "penalties", kind == "tools"
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", Kind)
