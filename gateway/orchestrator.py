@@ -144,6 +144,7 @@ class Orchestrator:
         self._sequences: dict[str, Sequence] = {}
         self._by_engine_id: dict[str, Sequence] = {}
         self._displaced: dict[str, Sequence] = {}
+        self._unsent: set[KVHandoff] = set()
         self._submitting: set[tuple[str, str]] = set()
         self._abort_after_submit: set[tuple[str, str]] = set()
         self._batches: asyncio.Queue[list[TokenDelta]] = asyncio.Queue()
@@ -332,6 +333,8 @@ class Orchestrator:
                 attempt = sequence.attempt
                 attempt.handoff_blocks = handoff.num_blocks if handoff else 0
                 attempt.num_told_tokens = len(sequence.written) if sequence.request.resumable else 0
+                if handoff is not None:
+                    self._unsent.add(handoff)
                 self._spawn(self._submit(sequence, replica_id, self._engine_request(sequence, Phase.DECODE, handoff)))
             case lifecycle.AbortOn(replica_id):
                 self.cluster.ended(replica_id, engine_id)
@@ -340,7 +343,9 @@ class Orchestrator:
                 else:
                     self._spawn(self._abort_on(replica_id, engine_id))
             case lifecycle.Release(handoff):
-                self._spawn(self._release(handoff))
+                # One that waits to be sent is given back by its submission, which finds that it has come too late.
+                if handoff not in self._unsent:
+                    self._spawn(self._release(handoff))
             case lifecycle.Place():
                 self._leave_placement(sequence)
                 self._displaced[sequence.request.request_id] = sequence
@@ -536,6 +541,8 @@ class Orchestrator:
         )
 
     async def _submit(self, sequence: Sequence, replica_id: str, request: EngineRequest) -> None:
+        if request.handoff is not None:
+            self._unsent.discard(request.handoff)
         if not self._is_current(sequence, request):
             # It ended before this task ran: nothing was sent, but a hand-off still has to be given back.
             if request.handoff is not None:
