@@ -34,6 +34,10 @@ from gateway.transport import ReplicaGoneError, WorkerTransport
 
 log = logging.getLogger("baton.orchestrator")
 
+PLACE_AGAIN_PAUSE_S = (0.0, 0.5, 1.0, 2.0)
+"""After the first loss, the second and so on. More replicas may be lost with one, and are not all noticed at once: a
+request must not use up its placements on those."""
+
 
 class PlacementRejected(Exception):
     """The cluster does not take this request now; `rejection` is what the client is told."""
@@ -351,8 +355,8 @@ class Orchestrator:
                 self._displaced[sequence.request.request_id] = sequence
                 _cancel_deadline(sequence)
                 log.warning("request %s is placed again: %s", sequence.request.request_id, sequence.state.faults[-1])
-                # Not at once: more replicas may be lost with this one.
-                asyncio.get_running_loop().call_soon(self._place_if_displaced, sequence)
+                pause_s = PLACE_AGAIN_PAUSE_S[min(sequence.state.num_placements, len(PLACE_AGAIN_PAUSE_S)) - 1]
+                self._set_deadline(sequence, pause_s, self._place_if_displaced)
             case lifecycle.Fail(error):
                 log.error("request %s failed: %s", sequence.request.request_id, error)
                 sequence.history.finish_reason = FinishReason.ERROR

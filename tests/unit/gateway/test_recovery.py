@@ -198,6 +198,26 @@ def test_a_decode_replica_that_dies_before_the_first_token_is_replaced() -> None
     simulate(main)
 
 
+def test_a_pool_that_is_lost_bit_by_bit_does_not_use_up_a_requests_placements() -> None:
+    async def main() -> None:
+        async with Rig(decode=7) as rig:
+            request_id = rig.add(PROMPT, LENGTH)
+            await rig.writing(request_id)
+            alive = [replica_id for replica_id in rig.engines if replica_id.startswith("decode")]
+            while alive:
+                receipt = rig.receipt(request_id)
+                last = receipt.later[-1].placement if receipt.later else receipt.placement
+                victim = last.decode if last.decode in alive else alive[0]
+                alive.remove(victim)
+                rig.engines[victim].die()
+                await asyncio.sleep(0.05)
+            rig.transport.add(rig.new_worker(Phase.DECODE, "decode-7"))
+            await finishes_whole(rig, request_id)
+            assert len(kinds(rig, request_id)) == 2
+
+    simulate(main)
+
+
 @pytest.mark.parametrize("num_turns", range(4))
 def test_a_hand_off_is_given_back_once_however_close_the_loss_of_decode_is_to_the_end_of_prefill(
     num_turns: int,
