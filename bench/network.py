@@ -1,7 +1,8 @@
 """Owns the network of a simulated world: calls and reports take time, links break, workers hang.
 
 A worker that hangs does nothing until it wakes up, then everything that has reached it meanwhile, in order, also calls
-whose callers have given up. Its engine, another process, goes on.
+whose callers have given up. Its engine, another process, goes on. A gateway that hangs gets everything that was sent to
+it when it goes on, except that a worker ends a stream that has not been read for too long.
 """
 
 import asyncio
@@ -9,10 +10,12 @@ import random
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import aclosing
+from contextvars import Context
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.protocol import EngineGoneError, EngineRequest, KVHandoff, Phase, WorkerReport
+from bench.process import Process
+from engine.protocol import EngineGoneError, EngineRequest, InvalidEngineRequestError, KVHandoff, Phase, WorkerReport
 from engine.simulated import SimulatedEngine
 from engine.worker import Worker
 from gateway.transport import Members, ReplicaGoneError
@@ -24,6 +27,10 @@ MAX_SLOW_DELAY_S = 0.6
 """Longer than an engine's step: what belongs together is then torn apart."""
 ORDER_S = 1e-9
 """Reports of one link arrive at least so far apart: timers that are due at once run in no order."""
+
+UNREAD_S = 3.0
+"""A stream without room for further reports is ended by its worker's side after so long."""
+ROOM_LOOK_S = 0.1
 
 
 def _set_event() -> asyncio.Event:
@@ -86,7 +93,8 @@ class Network:
         return self._draw.random() < 0.5
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = self.loop.create_task(work)
+        """Work of the network or of a worker, whoever asks for it."""
+        task = self.loop.create_task(work, context=Context())
         self._tasks[task] = None
         task.add_done_callback(self._done)
         return task
@@ -134,6 +142,10 @@ class _Link:
         self._arrive(error)
         self.is_cut = True
 
+    @property
+    def num_unread(self) -> int:
+        return len(self._arrived)
+
     async def next(self) -> WorkerReport:
         """Raises ReplicaGoneError at the end of the stream."""
         if not self._arrived:
@@ -158,11 +170,16 @@ class _Link:
 class SimulatedTransport:
     """One gateway's way to the workers (`gateway.transport.WorkerTransport`)."""
 
-    def __init__(self, gateway_id: str, network: Network):
+    def __init__(self, gateway_id: str, network: Network, process: Process):
         self.detach_delay_s = 0.0
         """How long workers take to notice that a stream has ended, beside the way there."""
+        self.room_reports: int | None = None
+        """How many reports a stream holds that the gateway has not read; None: any number."""
+        self.num_unread = 0
+        """Streams that have ended because they were not read."""
         self._gateway_id = gateway_id
         self._network = network
+        self._process = process
         self._changed: Callable[[Members], None] = lambda members: None
         self._links: dict[str, _Link] = {}
         self._broken_until_s: dict[str, float] = {}
@@ -173,7 +190,7 @@ class SimulatedTransport:
         changed(self._network.members)
 
     def tell(self, members: Members) -> None:
-        self._changed(members)
+        self._process.call(self._changed, members)
 
     async def reports(self, replica_id: str) -> AsyncIterator[WorkerReport]:
         node = self._node(replica_id)
@@ -225,38 +242,40 @@ class SimulatedTransport:
         return self._broken_until_s.get(replica_id, 0.0) > self._network.loop.time()
 
     async def _call(self, replica_id: str, work: Callable[[Worker], Coroutine[Any, Any, None]]) -> None:
+        """The call goes its way, also when the gateway hangs or has given it up meanwhile."""
         network, node = self._network, self._node(replica_id)
-        await asyncio.sleep(network.delay_s())
-        if self._is_broken(replica_id) and network.draw_bool():
-            raise ReplicaGoneError(f"the call to {replica_id} was lost")
-        if node.awake.is_set():
-            await _carried_out(node, work)
-        else:
-            await self._call_hanging(node, work)
-        await asyncio.sleep(network.delay_s())
-        if self._is_broken(replica_id):
-            raise ReplicaGoneError(f"the answer of {replica_id} was lost")
+        answer: asyncio.Future[None] = network.loop.create_future()
 
-    async def _call_hanging(self, node: Node, work: Callable[[Worker], Coroutine[Any, Any, None]]) -> None:
-        answer: asyncio.Future[None] = self._network.loop.create_future()
-
-        async def when_awake() -> None:
-            await node.awake.wait()
+        async def carry() -> None:
+            error: Exception | None = None
             try:
-                await _carried_out(node, work)
-            except Exception as error:
-                if not answer.done():
-                    answer.set_exception(error)
+                await self._carry(node, work)
+            except (ReplicaGoneError, InvalidEngineRequestError) as caught:
+                error = caught
+            if answer.done():
+                return
+            if error is None:
+                answer.set_result(None)
             else:
-                if not answer.done():
-                    answer.set_result(None)
+                answer.set_exception(error)
 
-        self._network.spawn(when_awake())
+        network.spawn(carry())
         try:
             async with asyncio.timeout(CALL_TIMEOUT_S):
                 await answer
         except TimeoutError:
-            raise ReplicaGoneError(f"{node.replica_id} does not answer") from None
+            raise ReplicaGoneError(f"{replica_id} does not answer") from None
+
+    async def _carry(self, node: Node, work: Callable[[Worker], Coroutine[Any, Any, None]]) -> None:
+        network, replica_id = self._network, node.replica_id
+        await asyncio.sleep(network.delay_s())
+        if self._is_broken(replica_id) and network.draw_bool():
+            raise ReplicaGoneError(f"the call to {replica_id} was lost")
+        await node.awake.wait()
+        await _carried_out(node, work)
+        await asyncio.sleep(network.delay_s())
+        if self._is_broken(replica_id):
+            raise ReplicaGoneError(f"the answer of {replica_id} was lost")
 
     async def _pump(self, link: _Link) -> None:
         """The worker's end of a stream."""
@@ -264,16 +283,28 @@ class SimulatedTransport:
         await asyncio.sleep(network.delay_s())
         await node.awake.wait()
         try:
+            end = ReplicaGoneError(f"{node.replica_id} ended its stream")
             async with aclosing(node.worker.attach(self._gateway_id)) as reports:
                 async for report in reports:
                     if not node.awake.is_set():
                         await node.awake.wait()
+                    if not await self._has_room(link):
+                        self.num_unread += 1
+                        # As a reset connection looks to a gateway: the process at its other end may have gone.
+                        end = ReplicaGoneError(f"{node.replica_id} reset its stream", is_dead=True)
+                        break
                     network.num_reports += 1
                     link.send(report, network.delay_s())
-            end = ReplicaGoneError(f"{node.replica_id} ended its stream")
         except EngineGoneError as error:
             end = ReplicaGoneError(str(error), is_dead=True)
         link.send(end, network.delay_s())
+
+    async def _has_room(self, link: _Link) -> bool:
+        for _ in range(int(UNREAD_S / ROOM_LOOK_S)):
+            if self.room_reports is None or link.num_unread < self.room_reports:
+                return True
+            await asyncio.sleep(ROOM_LOOK_S)
+        return False
 
     async def _detach(self, link: _Link) -> None:
         await asyncio.sleep(self.detach_delay_s + self._network.delay_s())

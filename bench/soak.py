@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from bench.process import ProcessLoop
 from bench.soak_report import SoakPlan
-from bench.virtual_time import VirtualTimeLoop
 from bench.world import Counts, World, WorldPlan, WorldResult
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def simulate(plan: WorldPlan, seed: int) -> WorldResult:
             return await World(plan, seed).run()
 
     try:
-        with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+        with asyncio.Runner(loop_factory=ProcessLoop) as runner:
             return runner.run(main())
     except Exception as error:
         return WorldResult(seed, Counts(failed=1), "", (f"seed {seed}: the world ended with {error!r}",))

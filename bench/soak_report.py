@@ -182,16 +182,23 @@ def table(report: SoakReport) -> Table:
         ("hung; duplicated; wrong", f"{counts.hung:,}; {counts.duplicated:,}; {counts.wrong:,}"),
         ("things left behind", f"{counts.left_behind:,}"),
         ("gone with their gateway, not counted", f"{counts.lost_with_gateway:,}"),
+        ("served without prefill, for there was none", f"{counts.degraded:,}"),
+        ("told to come back later, for there was no decode", f"{counts.turned_away:,}"),
+        ("streams that a hanging gateway did not read", f"{counts.unread:,}"),
         ("hand-offs whose lease had to end", f"{counts.leases_ended:,}"),
         ("virtual time", f"{counts.virtual_s / 3600:,.1f} h"),
         ("CPU time; requests per CPU second", f"{counts.cpu_s:,.0f} s; {_share(counts.requests, counts.cpu_s):,.0f}"),
         ("real time; requests per second", f"{report.took_s:,.0f} s; {report.requests_per_s:,.0f}"),
-        *((f"fault: {kind}", f"{number:,}") for kind, number in counts.faults.items()),
+        *((f"fault: {kind}; requests hit", _with_hits(counts, kind)) for kind in counts.faults),
         *((f"receipts: {kind}", f"{number:,}") for kind, number in counts.fault_kinds.items()),
     ]
     for row in rows:
         shown.add_row(*row)
     return shown
+
+
+def _with_hits(counts: Counts, kind: str) -> str:
+    return f"{counts.faults[kind]:,}; {counts.hit_by.get(kind, 0):,}"
 
 
 def _share(part: float, whole: float) -> float:

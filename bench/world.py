@@ -8,21 +8,27 @@ import asyncio
 import hashlib
 import itertools
 import logging
+import math
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextvars import Context
 from dataclasses import dataclass, field
 
 from bench.network import Network, Node, SimulatedTransport
+from bench.process import Process
 from decode.worker import DecodeWorker
 from engine.protocol import FinishReason, Phase, TokenDelta
 from engine.simulated import LatencyModel, SimulatedEngine, SimulatedEngineConfig, SimulatedFabric, expected_answer
 from gateway.lifecycle import Stage
-from gateway.orchestrator import Group, Orchestrator, OrchestratorConfig, PlacementRejected, Sequence, SequenceRequest
+from gateway.orchestrator import Group, Orchestrator, OrchestratorConfig, PlacementRejected, SequenceRequest
+from gateway.orchestrator import Sequence as GatewaySequence
 from gateway.routing.admission import AdmissionConfig
 from gateway.routing.policies import least_tokens
 from gateway.routing.receipts import Outcome, Receipt, ReceiptStore
+from gateway.routing.types import Cause, Rejection
+from gateway.transport import Members
 from prefill.worker import PrefillWorker
 
 VOCABULARY = 32_000
@@ -83,8 +89,12 @@ class WorldPlan:
 @dataclass
 class Counts:
     """What has become of the requests. `met` had a fault in their receipt; `hit` were, when a fault began, on the
-    replica that it hit. `lost_with_gateway` are those of gateways that died; nobody could have kept them, and they are
-    not among `requests`. `leases_ended` are hand-offs whose blocks came back only when their lease ended."""
+    replica or at the gateway that it hit; `hit_by` says by which. `lost_with_gateway` are those of gateways that died;
+    nobody could have kept them, and they are not among `requests`. `degraded` were served without a prefill replica
+    because there was none. `turned_away` counts the answers 503 with Retry-After while there was no decode replica:
+    the client asks again, and only what is taken is among `requests`. `unread` are report streams that workers ended
+    because a gateway that hung did not read them. `leases_ended` are hand-offs whose blocks came back only when their
+    lease ended."""
 
     requests: int = 0
     answered: int = 0
@@ -97,6 +107,9 @@ class Counts:
     hit: int = 0
     touched: int = 0
     lost_with_gateway: int = 0
+    degraded: int = 0
+    turned_away: int = 0
+    unread: int = 0
     rejected: int = 0
     wrong: int = 0
     failed: int = 0
@@ -107,6 +120,7 @@ class Counts:
     virtual_s: float = 0.0
     cpu_s: float = 0.0
     faults: dict[str, int] = field(default_factory=dict[str, int])
+    hit_by: dict[str, int] = field(default_factory=dict[str, int])
     fault_kinds: dict[str, int] = field(default_factory=dict[str, int])
 
     @property
@@ -159,19 +173,22 @@ class Ask:
     num_ended: int = 0
     has_left: bool = False
     is_hit: bool = False
+    is_degraded: bool = False
     outcome: Outcome | None = None
 
     @property
-    def open_sequences(self) -> Iterator[Sequence]:
+    def open_sequences(self) -> Iterator[GatewaySequence]:
         return (s for s in self.group.sequences if s.state.stage is not Stage.DONE)
 
 
 class Gateway:
-    """A real orchestrator and the clients that have asked it."""
+    """A real orchestrator and the clients that have asked it. All of it runs in `process`, also what its clients do:
+    while that hangs, what they send waits in its sockets."""
 
     def __init__(self, gateway_id: str, world: "World"):
         self.gateway_id = gateway_id
-        self.transport = SimulatedTransport(gateway_id, world.network)
+        self.process = Process()
+        self.transport = SimulatedTransport(gateway_id, world.network, self.process)
         self.asks: dict[str, Ask] = {}
         self.answers: dict[str, Answer] = {}
         self.is_started = False
@@ -197,21 +214,22 @@ class Gateway:
             wall_clock=world.network.loop.time,
             new_seed=lambda: draw.getrandbits(32),
         )
-        self._reader = world.network.spawn(self._read())
+        self._reader = self.process.spawn(self._read())
 
     async def start(self, expected: dict[Phase, int]) -> None:
         """Raises TimeoutError."""
-        await self.orchestrator.start(expected, START_TIMEOUT_S)
+        await self.process.spawn(self.orchestrator.start(expected, START_TIMEOUT_S))
         self.is_started = True
 
     async def end(self) -> None:
         """Ends it in the middle of whatever it does."""
         self.is_started = False
+        self._world.counts.unread += self.transport.num_unread
         await self.orchestrator.close()
         self._reader.cancel()
         await asyncio.gather(self._reader, return_exceptions=True)
 
-    def is_whole(self, members: dict[str, Phase]) -> bool:
+    def is_whole(self, members: Members) -> bool:
         """Whether it knows these replicas and no others, and all are ready."""
         replicas = [replica for phase in Phase for replica in self.orchestrator.cluster.pool(phase)]
         ids = {replica.replica_id for replica in replicas}
@@ -229,6 +247,8 @@ class Gateway:
             self._world.problem("duplicated", f"the receipt of {receipt.request_id} was closed twice")
             return
         ask.outcome = receipt.outcome
+        placements = (receipt.placement, *(decision.placement for decision in receipt.later))
+        ask.is_degraded = any(placement.degraded for placement in placements)
         if ask.has_left or not self._is_waited_for(ask):
             self._world.ended(ask)
 
@@ -288,6 +308,8 @@ class World:
         self._problems: list[str] = []
         self._num_asking = 0
         self._ended = asyncio.Event()
+        self._context = Context()
+        self._outages_end_s: dict[tuple[Gateway, Phase], float] = {}
 
     # -- what faults are made of
 
@@ -327,24 +349,41 @@ class World:
                 if self.plan.gateways == 2 and replica.others_in_flight.num_requests:
                     self.problem("left_behind", f"{replica.replica_id} holds requests of {gateway.gateway_id}")
 
-    def sequences(self) -> Iterator[tuple[Ask, Sequence]]:
+    def sequences(self) -> Iterator[tuple[Ask, GatewaySequence]]:
         """All that are open."""
         for gateway in self.gateways:
             for ask in gateway.asks.values():
                 for sequence in ask.open_sequences:
                     yield ask, sequence
 
-    def hits(self, kind: str, node: Node, gateway: Gateway | None = None) -> None:
-        """Notes that a fault begins on a replica, for one gateway or for all."""
-        num_hit = 0
+    def hits(self, kind: str, nodes: Sequence[Node], gateway: Gateway | None = None) -> None:
+        """Notes that a fault begins on some replicas, for one gateway or for all."""
+        ids = {node.replica_id for node in nodes}
+        hit: dict[Ask, None] = {}
         for ask, sequence in self.sequences():
             state = sequence.state
-            holds = state.prefill == node.replica_id and (state.stage is Stage.PREFILLING or state.handoff is not None)
-            if (state.decode == node.replica_id or holds) and gateway in (None, ask.gateway):
-                num_hit += not ask.is_hit
-                ask.is_hit = True
+            holds = state.prefill in ids and (state.stage is Stage.PREFILLING or state.handoff is not None)
+            if (state.decode in ids or holds) and gateway in (None, ask.gateway):
+                hit[ask] = None
+        self.begins(kind, [node.replica_id for node in nodes], list(hit))
+
+    def begins(self, kind: str, where: Sequence[str], hit: Sequence[Ask] = ()) -> None:
+        """Notes that a fault begins, and on which requests."""
+        for ask in hit:
+            ask.is_hit = True
         self.counts.faults[kind] = self.counts.faults.get(kind, 0) + 1
-        self.log("fault", kind, node.replica_id, num_hit)
+        self.counts.hit_by[kind] = self.counts.hit_by.get(kind, 0) + len(hit)
+        self.log("fault", kind, *where, len(hit))
+
+    def outage_begins(self, gateways: Sequence[Gateway], *phases: Phase) -> None:
+        """Some gateways have no replica of a phase. Until the outage ends it is right to be turned away (decode), or to
+        be served degraded (prefill); the latter also later for those that were asked before."""
+        for gateway in gateways:
+            self._outages_end_s.update(dict.fromkeys(((gateway, phase) for phase in phases), math.inf))
+
+    def outages_end(self) -> None:
+        for outage, end_s in self._outages_end_s.items():
+            self._outages_end_s[outage] = min(end_s, self._loop.time())
 
     def is_whole(self) -> bool:
         """Whether every replica and gateway there should be is there and ready, and no others are."""
@@ -421,7 +460,7 @@ class World:
         return self._load_draw.choices(range(FIRST_TOKEN, VOCABULARY), k=self._load_draw.randint(*length))
 
     def _later(self, delay_s: float, session: Session) -> None:
-        self._loop.call_later(delay_s, self._turn, session)
+        self._loop.call_later(delay_s, self._turn, session, context=self._context)
 
     def _turn(self, session: Session) -> None:
         if self.counts.requests >= self.plan.requests:
@@ -448,26 +487,56 @@ class World:
         counts.sequences += num_choices
         self._num_asking += 1
         gateway.asks[request_id] = ask
-        for index in range(num_choices):
-            sequence_id = f"{request_id}.{index}" if num_choices > 1 else request_id
-            ask.answers[sequence_id] = gateway.answers[sequence_id] = Answer(ask)
-            try:
-                gateway.orchestrator.add(
-                    SequenceRequest(sequence_id, prompt, length, b"sampling", resumable=resumable), group
-                )
-            except PlacementRejected as refusal:
-                self.problem("rejected", f"{sequence_id} was refused: {refusal}")
-                gateway.forget(ask)
-                self._over(session, goes_on=False)
-                return
+        gateway.process.call(self._arrive, ask)
         if draw.random() < plan.leaving_share:
             # Some leave at once, before anything was sent; some when the answer is complete already.
             delay_s = draw.random() * (length * 0.45 + 2.0) if draw.random() < 0.9 else 0.0
             reason = FinishReason.ABORT if draw.random() < 0.7 else FinishReason.STOP
-            self._loop.call_later(delay_s, self._leave, ask, reason)
+            self._loop.call_later(delay_s, gateway.process.call, self._leave, ask, reason, context=self._context)
+
+    def _arrive(self, ask: Ask) -> None:
+        """A request reaches its gateway."""
+        gateway, num_choices = ask.gateway, ask.group.num_choices
+        for index in range(num_choices):
+            sequence_id = f"{ask.request_id}.{index}" if num_choices > 1 else ask.request_id
+            ask.answers[sequence_id] = gateway.answers[sequence_id] = Answer(ask)
+            request = SequenceRequest(sequence_id, ask.prompt, ask.length, b"sampling", resumable=ask.resumable)
+            try:
+                gateway.orchestrator.add(request, ask.group)
+            except PlacementRejected as refusal:
+                gateway.forget(ask)
+                self._refused(ask, refusal.rejection)
+                return
+
+    def _refused(self, ask: Ask, rejection: Rejection) -> None:
+        """Rightly so only while there is no decode replica; then the client asks again when it was told to."""
+        nobody = not ask.gateway.orchestrator.cluster.pool(Phase.DECODE, ready_only=True)
+        is_told_when = rejection.status == 503 and rejection.retry_after_s > 0
+        if not (
+            self._is_outage(ask.gateway, Phase.DECODE)
+            and nobody
+            and is_told_when
+            and rejection.cause is Cause.NO_DECODE
+        ):
+            self.problem("rejected", f"{ask.request_id} was refused: {rejection}")
+            self._over(ask.session, goes_on=False)
+            return
+        counts = self.counts
+        counts.turned_away += 1
+        counts.requests -= 1
+        counts.further_turns -= ask.session.is_further
+        counts.sequences -= ask.group.num_choices
+        self._num_asking -= 1
+        self.log("turned away", ask.request_id)
+        self._later(rejection.retry_after_s + self._load_draw.random(), ask.session)
+
+    def _is_outage(self, gateway: Gateway, phase: Phase, since_s: float = math.inf) -> bool:
+        """Whether there is an outage now, or has been since."""
+        return self._outages_end_s.get((gateway, phase), -math.inf) >= since_s
 
     def _leave(self, ask: Ask, reason: FinishReason) -> None:
-        if ask.gateway.asks.get(ask.request_id) is not ask or ask.num_ended:
+        if ask.gateway.asks.get(ask.request_id) is not ask or ask.num_ended or ask.outcome is not None:
+            # It is answered, although its client may not have read that yet.
             return
         self.counts.left += 1
         ask.gateway.leave(ask, reason)
@@ -486,6 +555,9 @@ class World:
         counts.met += bool(kinds)
         counts.hit += ask.is_hit
         counts.touched += bool(kinds) or ask.is_hit
+        counts.degraded += ask.is_degraded
+        if ask.is_degraded and not self._is_outage(ask.gateway, Phase.PREFILL, ask.asked_s):
+            self.problem("wrong", f"{ask.request_id} was served degraded although there were prefill replicas")
         self.log(ask.request_id, status, num_deltas, kinds)
         if ask.has_left:
             whole = expected_answer(ENGINE, ask.prompt, ask.length)

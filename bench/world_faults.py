@@ -15,7 +15,7 @@ from engine.protocol import Phase
 from gateway.lifecycle import MAX_PLACEMENTS, SequenceState, Stage
 
 if TYPE_CHECKING:
-    from bench.world import World
+    from bench.world import Gateway, World
 
 LOOK_S = 0.02
 LOOK_FOR_S = 5.0
@@ -28,8 +28,16 @@ REMOVAL_S = (0.1, 2.0)
 COLD_START_S = (1.0, 3.0)
 WORKER_HANGS_S = (1.0, 20.0)
 ENGINE_HANGS_S = (5.0, 30.0)
+GATEWAY_HANGS_S = (1.0, 25.0)
+ROOM_REPORTS = 8
+"""So many reports, which a gateway that hangs does not read, fill a stream that is to be reset."""
+POOL_GONE_S = (2.0, 15.0)
+POOL_HANGS_S = (7.0, 20.0)
+"""Longer than gateways wait for a report: shorter ones are not a loss."""
 LINK_BROKEN_S = (0.0, 3.0)
 NOTICED_S = (0.0, 1.5)
+GONE_ON_S = 1.0
+"""Within so long a gateway that goes on has read what it was sent."""
 DRAIN_LIMIT_S = 120.0
 DRAINED_LIMIT_S = 32.0
 """How long blocks may stay on a replica that no gateway holds any more: a lease, and a little."""
@@ -55,6 +63,12 @@ class Kind(StrEnum):
     GATEWAY_DIES = "gateway dies"
     PREFILL_LEAVES = "prefill leaves its pool"
     DECODE_LEAVES = "decode leaves its pool"
+    GATEWAY_HANGS = "gateway hangs"
+    GATEWAY_HANGS_UNREAD = "gateway hangs until its streams are reset"
+    PREFILL_POOL_DIES = "all prefill replicas die"
+    DECODE_POOL_DIES = "all decode replicas die"
+    PREFILL_POOL_HANGS = "all prefill workers hang"
+    DECODE_POOL_HANGS = "all decode workers hang"
 
 
 WEIGHTS = {
@@ -75,6 +89,12 @@ WEIGHTS = {
     Kind.GATEWAY_DIES: 1,
     Kind.PREFILL_LEAVES: 1,
     Kind.DECODE_LEAVES: 3,
+    Kind.GATEWAY_HANGS: 2,
+    Kind.GATEWAY_HANGS_UNREAD: 1,
+    Kind.PREFILL_POOL_DIES: 1,
+    Kind.DECODE_POOL_DIES: 1,
+    Kind.PREFILL_POOL_HANGS: 1,
+    Kind.DECODE_POOL_HANGS: 1,
 }
 
 StateOf = Callable[[SequenceState], str | None]
@@ -134,6 +154,7 @@ class Faults:
             except TimeoutError:
                 world.problem("left_behind", f"the pools did not become whole again after: {kind}")
                 return
+            world.outages_end()
 
     def _next(self) -> Kind:
         """Kinds are dealt like cards, first one of each, so that the rare ones come too."""
@@ -155,13 +176,13 @@ class Faults:
                 await self._dies(kind, draw.choice(nodes or self._pool(Phase.PREFILL)))
             case Kind.PREFILL_WORKER_HANGS | Kind.DECODE_WORKER_HANGS:
                 node = draw.choice(self._pool(Phase.PREFILL if "prefill" in kind else Phase.DECODE))
-                world.hits(kind, node)
+                world.hits(kind, [node])
                 node.awake.clear()
                 await asyncio.sleep(draw.uniform(*WORKER_HANGS_S))
                 node.awake.set()
             case Kind.PREFILL_ENGINE_HANGS | Kind.DECODE_ENGINE_HANGS:
                 node = draw.choice(self._pool(Phase.PREFILL if "prefill" in kind else Phase.DECODE))
-                world.hits(kind, node)
+                world.hits(kind, [node])
                 node.engine.hang()
                 await asyncio.sleep(draw.uniform(*ENGINE_HANGS_S))
                 node.engine.go_on()
@@ -169,29 +190,33 @@ class Faults:
                 await self._pull_fails(kind)
             case Kind.LINK_BREAKS:
                 gateway, node = draw.choice(world.gateways), draw.choice(world.nodes)
-                world.hits(kind, node, gateway)
+                world.hits(kind, [node], gateway)
                 gateway.transport.break_link(node.replica_id, draw.uniform(*LINK_BROKEN_S), draw.uniform(*NOTICED_S))
             case Kind.EVENTS_LOST:
                 node = draw.choice(world.nodes)
-                world.counts.faults[kind] = world.counts.faults.get(kind, 0) + 1
-                world.log("fault", kind, node.replica_id)
+                world.begins(kind, [node.replica_id])
                 node.engine.lose_block_changes()
             case Kind.GATEWAY_DIES:
                 gateway = draw.choice(world.gateways)
-                world.counts.faults[kind] = world.counts.faults.get(kind, 0) + 1
-                world.log("fault", kind, gateway.gateway_id)
+                world.begins(kind, [gateway.gateway_id])
                 await world.gateway_dies(gateway, draw.uniform(*NOTICED_S))
                 await asyncio.sleep(draw.uniform(*COLD_START_S))
                 await world.new_gateway()
             case Kind.PREFILL_LEAVES | Kind.DECODE_LEAVES:
                 await self._leaves(kind, draw.choice(self._pool(Phase.PREFILL if "prefill" in kind else Phase.DECODE)))
+            case Kind.GATEWAY_HANGS | Kind.GATEWAY_HANGS_UNREAD:
+                await self._gateway_hangs(kind, draw.choice(world.gateways))
+            case Kind.PREFILL_POOL_DIES | Kind.DECODE_POOL_DIES:
+                await self._pool_dies(kind, Phase.PREFILL if "prefill" in kind else Phase.DECODE)
+            case Kind.PREFILL_POOL_HANGS | Kind.DECODE_POOL_HANGS:
+                await self._pool_hangs(kind, Phase.PREFILL if "prefill" in kind else Phase.DECODE)
             case _:
                 if node := await self._found(STATES[kind]):
                     await self._dies(kind, node)
 
     async def _dies(self, kind: Kind, node: Node, *, is_replaced: bool = True) -> None:
         world, draw = self._world, self._draw
-        world.hits(kind, node)
+        world.hits(kind, [node])
         node.engine.die()
         await asyncio.sleep(draw.uniform(*REMOVAL_S))
         world.network.leave_pool(node)
@@ -199,10 +224,52 @@ class Faults:
             await asyncio.sleep(draw.uniform(*COLD_START_S))
             world.new_node(node.phase)
 
+    async def _gateway_hangs(self, kind: Kind, gateway: "Gateway") -> None:
+        """Nothing of it runs for a while. Then it has lost nobody but those whose streams were reset because it did not
+        read them, and these may be all."""
+        world, transport = self._world, gateway.transport
+        num_unread = transport.num_unread
+        world.begins(kind, [gateway.gateway_id], list(gateway.asks.values()))
+        if kind is Kind.GATEWAY_HANGS_UNREAD:
+            transport.room_reports = ROOM_REPORTS
+        gateway.process.hang()
+        await asyncio.sleep(self._draw.uniform(*GATEWAY_HANGS_S))
+        transport.room_reports = None
+        if has_lost := transport.num_unread > num_unread:
+            world.outage_begins([gateway], *Phase)
+        gateway.process.go_on()
+        await asyncio.sleep(GONE_ON_S)
+        if not has_lost and not gateway.is_whole(world.network.members):
+            world.problem("wrong", f"{gateway.gateway_id} has hung and lost replicas that were well")
+
+    async def _pool_dies(self, kind: Kind, phase: Phase) -> None:
+        """All at once, and after a while there are as many new ones."""
+        world, draw, nodes = self._world, self._draw, self._pool(phase)
+        world.outage_begins(world.gateways, phase)
+        world.hits(kind, nodes)
+        for node in nodes:
+            node.engine.die()
+        await asyncio.sleep(draw.uniform(*REMOVAL_S))
+        for node in nodes:
+            world.network.leave_pool(node)
+        await asyncio.sleep(draw.uniform(*POOL_GONE_S))
+        for _ in nodes:
+            world.new_node(phase)
+
+    async def _pool_hangs(self, kind: Kind, phase: Phase) -> None:
+        world, nodes = self._world, self._pool(phase)
+        world.outage_begins(world.gateways, phase)
+        world.hits(kind, nodes)
+        for node in nodes:
+            node.awake.clear()
+        await asyncio.sleep(self._draw.uniform(*POOL_HANGS_S))
+        for node in nodes:
+            node.awake.set()
+
     async def _leaves(self, kind: Kind, node: Node) -> None:
         """A replica is replaced by a new one and ends when all gateways have let go of it."""
         world = self._world
-        world.hits(kind, node)
+        world.hits(kind, [node])
         world.new_node(node.phase)
         if self._draw.random() < 0.5:
             await asyncio.sleep(self._draw.uniform(0.0, 3.0))
@@ -230,9 +297,7 @@ class Faults:
         for ask, sequence in world.sequences():
             handoff = sequence.state.handoff
             if handoff and handoff.source_replica == node.replica_id and node.engine.keeps(handoff):
-                ask.is_hit = True
-                world.counts.faults[kind] = world.counts.faults.get(kind, 0) + 1
-                world.log("fault", kind, node.replica_id, ask.request_id)
+                world.begins(kind, [node.replica_id, ask.request_id], [ask])
                 node.engine.unpin(handoff)
                 return
 

@@ -34,6 +34,10 @@ from gateway.transport import ReplicaGoneError, WorkerTransport
 
 log = logging.getLogger("baton.orchestrator")
 
+PLACE_AGAIN_PAUSE_S = (0.0, 0.5, 1.0, 2.0)
+"""After the first loss, the second and so on. More replicas may be lost with one, and are not all noticed at once: a
+request must not use up its placements on those."""
+
 
 class PlacementRejected(Exception):
     """The cluster does not take this request now; `rejection` is what the client is told."""
@@ -145,6 +149,7 @@ class Orchestrator:
         self._sequences: dict[str, Sequence] = {}
         self._by_engine_id: dict[str, Sequence] = {}
         self._displaced: dict[str, Sequence] = {}
+        self._unsent: set[KVHandoff] = set()
         self._submitting: set[tuple[str, str]] = set()
         self._abort_after_submit: set[tuple[str, str]] = set()
         self._unreleased: list[KVHandoff] = []
@@ -335,6 +340,8 @@ class Orchestrator:
                 attempt = sequence.attempt
                 attempt.handoff_blocks = handoff.num_blocks if handoff else 0
                 attempt.num_told_tokens = len(sequence.written) if sequence.request.resumable else 0
+                if handoff is not None:
+                    self._unsent.add(handoff)
                 self._spawn(self._submit(sequence, replica_id, self._engine_request(sequence, Phase.DECODE, handoff)))
             case lifecycle.AbortOn(replica_id):
                 self.cluster.ended(replica_id, engine_id)
@@ -343,14 +350,16 @@ class Orchestrator:
                 else:
                     self._spawn(self._abort_on(replica_id, engine_id))
             case lifecycle.Release(handoff):
-                self._spawn(self._release(handoff))
+                # One that waits to be sent is given back by its submission, which finds that it has come too late.
+                if handoff not in self._unsent:
+                    self._spawn(self._release(handoff))
             case lifecycle.Place():
                 self._leave_placement(sequence)
                 self._displaced[sequence.request.request_id] = sequence
                 _cancel_deadline(sequence)
                 log.warning("request %s is placed again: %s", sequence.request.request_id, sequence.state.faults[-1])
-                # Not at once: more replicas may be lost with this one.
-                asyncio.get_running_loop().call_soon(self._place_if_displaced, sequence)
+                pause_s = PLACE_AGAIN_PAUSE_S[min(sequence.state.num_placements, len(PLACE_AGAIN_PAUSE_S)) - 1]
+                self._set_deadline(sequence, pause_s, self._place_if_displaced)
             case lifecycle.Fail(error):
                 log.error("request %s failed: %s", sequence.request.request_id, error)
                 sequence.history.finish_reason = FinishReason.ERROR
@@ -545,6 +554,8 @@ class Orchestrator:
         )
 
     async def _submit(self, sequence: Sequence, replica_id: str, request: EngineRequest) -> None:
+        if request.handoff is not None:
+            self._unsent.discard(request.handoff)
         if not self._is_current(sequence, request):
             # It ended before this task ran: nothing was sent, but a hand-off still has to be given back.
             if request.handoff is not None:

@@ -36,6 +36,8 @@ LOUD = frozenset(
     {Kind.PREFILL_DIES_READING, Kind.PREFILL_DIES_HOLDING, Kind.DECODE_DIES_WAITING, Kind.DECODE_DIES_PULLING}
 )
 """The loss is known to be a death at once: nobody has to wait for the end of a lease."""
+HARMLESS = frozenset({Kind.PREFILL_DIES_IDLE, Kind.DECODE_DIES_NEW, Kind.EVENTS_LOST, Kind.GATEWAY_DIES})
+"""They hit no request, or take it with them."""
 
 
 @cache
@@ -57,6 +59,10 @@ def test_the_worlds_are_what_they_are_said_to_be() -> None:
     assert counts.touched >= 0.1 * counts.requests
     assert counts.further_turns >= 0.5 * counts.requests
     assert counts.faults.keys() == set(Kind)
+    assert {kind for kind, num_hit in counts.hit_by.items() if num_hit} >= set(Kind) - HARMLESS
+    assert counts.degraded > 0
+    assert counts.turned_away > 0
+    assert counts.unread > 0
     assert counts.fault_kinds.keys() >= {
         "decode_lost_before_token",
         "decode_lost_mid_stream",
@@ -235,6 +241,35 @@ def test_a_world_in_which_nothing_can_happen_any_more_is_a_failure(monkeypatch: 
     result = simulate(only(), 0)
     assert result.counts.failed == 1
     assert "the world ended with" in result.problems[0]
+
+
+def test_a_gateway_that_has_hung_and_blames_others_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    look = Membership._look
+
+    def blames(self: Membership) -> None:
+        self._watch = asyncio.get_running_loop().call_later(0.0, nothing)
+        look(self)
+
+    monkeypatch.setattr(Membership, "_look", blames)
+    result = seen_red(only(Kind.GATEWAY_HANGS), SEEDS, lambda counts: counts.wrong)
+    assert any("has hung and lost replicas that were well" in problem for problem in result.problems)
+
+
+def test_prefill_replicas_that_are_not_used_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = Cluster.snapshot
+    monkeypatch.setattr(Cluster, "snapshot", lambda self: replace(snapshot(self), prefill=()))
+    result = seen_red(only(), SEEDS, lambda counts: counts.wrong)
+    assert any("was served degraded" in problem for problem in result.problems)
+
+
+def test_requests_that_a_pool_which_comes_back_does_not_take_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Orchestrator, "_place_displaced", nothing)
+    seen_red(only(Kind.DECODE_POOL_DIES), SEEDS, lambda counts: counts.failed)
+
+
+def test_a_refusal_that_does_not_say_when_to_come_back_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.routing.policies.NO_DECODE_RETRY_AFTER_S", 0)
+    seen_red(only(Kind.DECODE_POOL_DIES), SEEDS, lambda counts: counts.rejected)
 
 
 # -- the experiment around the worlds

@@ -1,10 +1,8 @@
-"""The life of one sequence: each row of the module's table, and what holds whatever happens."""
+"""The life of one sequence: each row of the table in docs/life-cycle.md. What holds whatever happens has a machine."""
 
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from engine.protocol import KVHandoff
 from gateway.lifecycle import (
@@ -275,52 +273,3 @@ def test_a_fetch_from_a_prefill_replica_that_hangs_is_given_up() -> None:
 def test_a_prefill_without_handoff_and_reason_says_so() -> None:
     state, _ = advance(PREFILLING, PrefillFinished(None))
     assert [fault.what for fault in state.faults] == ["prefill on p gave no hand-off: no reason given"]
-
-
-@st.composite
-def lives(draw: st.DrawFn) -> list[tuple[SequenceState, tuple[Action, ...], SequenceState]]:
-    """Whatever may happen to a sequence: the hand-offs are told once for each prefill."""
-    state = draw(st.sampled_from([SPLIT, LOCAL, FOLLOWER]))
-    others = [event for event in EVENTS if not isinstance(event, PrefillFinished)]
-    steps: list[tuple[SequenceState, tuple[Action, ...], SequenceState]] = []
-    pending: list[int] = []
-    events = [Start(), *draw(st.lists(st.sampled_from(["prefill", *others]), max_size=25)), AbortAsked(), "prefill"]
-    for event in events:
-        if isinstance(event, str):
-            if not pending:
-                continue
-            event = PrefillFinished(KVHandoff("p", f"r{pending.pop()}", 10, 1, b""))
-        if isinstance(event, Placed) and state.stage is not Stage.PLACING:
-            continue
-        before = state
-        state, actions = advance(state, event)
-        pending += [state.num_placements for action in actions if isinstance(action, SubmitPrefill)]
-        steps.append((before, actions, state))
-    return steps
-
-
-@given(lives())
-@settings(max_examples=400, deadline=None)
-def test_whatever_happens_a_sequence_ends_once_and_each_handoff_has_at_most_one_use(
-    steps: list[tuple[SequenceState, tuple[Action, ...], SequenceState]],
-) -> None:
-    uses: list[KVHandoff] = []
-    num_ends = 0
-    for before, actions, after in steps:
-        if before.stage is Stage.DONE:
-            assert after == before
-            assert all(isinstance(action, Release) for action in actions)
-        num_ends += before.stage is not Stage.DONE and after.stage is Stage.DONE
-        for action in actions:
-            assert not isinstance(action, Fail) or after.stage is Stage.DONE
-            assert not isinstance(action, Place) or after.stage is Stage.PLACING
-            if isinstance(action, SubmitPrefill | SubmitDecode):
-                assert action.replica_id in (after.prefill, after.decode)
-            if isinstance(action, AbortOn):
-                assert action.replica_id in (before.prefill, before.decode)
-            if isinstance(action, SubmitDecode) and action.handoff is not None:
-                uses.append(action.handoff)
-            if isinstance(action, Release) and action.handoff not in uses:
-                uses.append(action.handoff)
-    assert num_ends == 1
-    assert len(uses) == len(set(uses)), "a hand-off was used after it was given back, or twice"

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from engine.protocol import FinishReason, Phase, TokenDelta, WorkerReport
+from engine.protocol import FinishReason, KVHandoff, Phase, TokenDelta, WorkerReport
 from gateway.lifecycle import FaultKind
 from gateway.routing.policies import least_tokens, place
 from gateway.transport import ReplicaGoneError
@@ -194,6 +194,57 @@ def test_a_decode_replica_that_dies_before_the_first_token_is_replaced() -> None
             assert kinds(rig, request_id) == ("decode_lost_before_token",)
             # The dead replica never fetched the blocks; they are back without waiting for their lease.
             assert [handoff.source_request_id for handoff in rig.transport.released] == [request_id]
+
+    simulate(main)
+
+
+def test_a_pool_that_is_lost_bit_by_bit_does_not_use_up_a_requests_placements() -> None:
+    async def main() -> None:
+        async with Rig(decode=7) as rig:
+            request_id = rig.add(PROMPT, LENGTH)
+            await rig.writing(request_id)
+            alive = [replica_id for replica_id in rig.engines if replica_id.startswith("decode")]
+            while alive:
+                receipt = rig.receipt(request_id)
+                last = receipt.later[-1].placement if receipt.later else receipt.placement
+                victim = last.decode if last.decode in alive else alive[0]
+                alive.remove(victim)
+                rig.engines[victim].die()
+                await asyncio.sleep(0.05)
+            rig.transport.add(rig.new_worker(Phase.DECODE, "decode-7"))
+            await finishes_whole(rig, request_id)
+            assert len(kinds(rig, request_id)) == 2
+
+    simulate(main)
+
+
+@pytest.mark.parametrize("num_turns", range(4))
+def test_a_hand_off_is_given_back_once_however_close_the_loss_of_decode_is_to_the_end_of_prefill(
+    num_turns: int,
+) -> None:
+    async def main() -> None:
+        async with Rig(decode=2) as rig:
+            request_id = rig.add(PROMPT, LENGTH)
+            assert decode_of(rig, request_id) == "decode-0"
+            survivor, given_back = rig.workers["decode-1"], list[str]()
+            release = survivor.release
+
+            async def counted(request_id: str, handoff: KVHandoff) -> None:
+                given_back.append(handoff.source_request_id)
+                await release(request_id, handoff)
+
+            survivor.release = counted
+            await rig.placed_on(request_id, "prefill-0")
+            told = asyncio.Event()
+            rig.transport.hang("prefill-0", told)
+            await asyncio.sleep(0.2)
+            # The news of the death and of the hand-off reach the gateway in neighbouring turns of its loop, or in one.
+            rig.engines["decode-0"].die()
+            for _ in range(num_turns):
+                await asyncio.sleep(0)
+            told.set()
+            await finishes_whole(rig, request_id)
+            assert given_back == [request_id]
 
     simulate(main)
 
