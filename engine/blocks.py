@@ -1,13 +1,15 @@
 """Owns Baton's names for KV blocks: the hash of a block, who holds which hashes, and what of that is yet to be told."""
 
 import hashlib
-import struct
-from collections.abc import Iterator, Sequence
+import sys
+from array import array
+from collections.abc import Iterator, KeysView, Sequence
 from dataclasses import dataclass
 
 from engine.protocol import BlockChanges
 
 HASH_BYTES = 8
+TOKEN_BYTES = array("I").itemsize
 
 
 def block_hashes(
@@ -21,16 +23,24 @@ def block_hashes(
     the hashes of a growing text can be computed piece by piece.
 
     Eight bytes: among a million blocks the chance of any collision is 3e-8, and one costs a prefix that is looked for
-    on the wrong replica, never a wrong answer. Raises struct.error for a token id outside 0 to 2**32 - 1.
+    on the wrong replica, never a wrong answer. Raises OverflowError for a token id outside 0 to 2**32 - 1.
     """
-    num_full_tokens = len(token_ids) - len(token_ids) % block_size_tokens
-    packed = struct.pack(f"<{num_full_tokens}I", *token_ids[:num_full_tokens])
+    packed = _packed(token_ids[: len(token_ids) - len(token_ids) % block_size_tokens])
     last = _digest((salt or "").encode()) if parent is None else parent
     hashes: list[bytes] = []
-    for start in range(0, len(packed), 4 * block_size_tokens):
-        last = _digest(last + packed[start : start + 4 * block_size_tokens])
-        hashes.append(last)
+    # Prompts are long: what is looked up once here would be looked up thousands of times in the loop.
+    blake2b, add, block_bytes = hashlib.blake2b, hashes.append, TOKEN_BYTES * block_size_tokens
+    for start in range(0, len(packed), block_bytes):
+        last = blake2b(last + packed[start : start + block_bytes], digest_size=HASH_BYTES).digest()
+        add(last)
     return hashes
+
+
+def _packed(token_ids: Sequence[int]) -> bytes:
+    packed = array("I", token_ids)
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed.tobytes()
 
 
 def _digest(data: bytes) -> bytes:
@@ -106,6 +116,11 @@ class BlockMirror:
 
     def __iter__(self) -> Iterator[bytes]:
         return iter(self._held)
+
+    @property
+    def held(self) -> KeysView[bytes]:
+        """What it holds, until it is cleared: then the view still shows what was held before."""
+        return self._held.keys()
 
     def apply(self, changes: BlockChanges) -> BlockChanges | None:
         """Takes changes over; returns those that changed anything here, None if none did."""

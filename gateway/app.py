@@ -20,7 +20,7 @@ from gateway import metrics
 from gateway.orchestrator import Orchestrator, OrchestratorConfig
 from gateway.peers_ray import RayPeers
 from gateway.routing.admission import AdmissionConfig
-from gateway.routing.policies import least_tokens
+from gateway.routing.policies import POLICIES
 from gateway.routing.receipts import ReceiptStore
 from gateway.settings import PoolSettings, Settings, load
 from gateway.transport_ray import REQUEST_ROUTER, RayTransport
@@ -99,7 +99,7 @@ class Gateway:
         transport = RayTransport(f"gateway-{uuid.uuid4().hex[:8]}", handles)
         self._orchestrator = Orchestrator(
             transport,
-            least_tokens,
+            POLICIES[config.routing.policy],
             ReceiptStore(config.gateway.receipts_kept),
             OrchestratorConfig(
                 handoff_timeout_s=config.handoff.timeout_s,

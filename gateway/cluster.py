@@ -1,12 +1,14 @@
 """Owns the gateway's view of the cluster: it folds reports and its own sendings into a ClusterSnapshot."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 from engine.blocks import BlockMirror
 from engine.load import Recent
-from engine.protocol import EngineInfo, EngineLoad, InFlight, Phase, TokenDelta, WorkerReport
+from engine.protocol import BlockChanges, EngineInfo, EngineLoad, InFlight, Phase, TokenDelta, WorkerReport
+from gateway.routing.prefix_index import PrefixIndex
 from gateway.routing.types import ClusterSnapshot, ReplicaView
 
 RECENT_REQUESTS = 64
@@ -54,14 +56,6 @@ class Replica:
             self.queued_tokens + self.others_in_flight.num_queued_tokens,
         )
 
-    def detach(self) -> None:
-        """Forgets what was reported: nobody knows what has become of it since. The next stream tells it anew."""
-        self.ready, self.info = False, None
-        self.others_in_flight, self.blocks = InFlight(), BlockMirror(0)
-        self.queued.clear()
-        self.queued_tokens = 0
-        self.writing_since_s.clear()
-
 
 class Cluster:
     """The replicas of both pools, as reported, with what is in flight on each. `expects_prefill`: whether there should
@@ -71,13 +65,25 @@ class Cluster:
         self.expects_prefill = False
         self._clock = clock
         self._replicas: dict[str, Replica] = {}
+        self._cached = PrefixIndex()
 
     def add(self, replica_id: str, phase: Phase) -> Replica:
         replica = self._replicas[replica_id] = Replica(replica_id, phase)
         return replica
 
     def remove(self, replica_id: str) -> None:
-        self._replicas.pop(replica_id, None)
+        if replica := self._replicas.pop(replica_id, None):
+            self._cached.forget(replica_id, replica.blocks)
+
+    def detach(self, replica_id: str) -> None:
+        """Forgets what a replica reported: nobody knows what has become of it since. Its next stream tells it anew."""
+        replica = self._replicas[replica_id]
+        self._cached.forget(replica_id, replica.blocks)
+        replica.ready, replica.info = False, None
+        replica.others_in_flight, replica.blocks = InFlight(), BlockMirror(0)
+        replica.queued.clear()
+        replica.queued_tokens = 0
+        replica.writing_since_s.clear()
 
     def get(self, replica_id: str) -> Replica | None:
         return self._replicas.get(replica_id)
@@ -96,10 +102,11 @@ class Cluster:
         replica.load = report.load
         replica.others_in_flight = report.others_in_flight
         if report.info is not None:
+            self._cached.forget(replica.replica_id, replica.blocks)
             replica.info = report.info
             replica.blocks = BlockMirror(report.info.num_kv_blocks)
         if report.blocks is not None:
-            replica.blocks.apply(report.blocks)
+            self._take_blocks(replica, report.blocks)
         for delta in report.deltas:
             self._learn(replica, delta)
 
@@ -135,13 +142,28 @@ class Cluster:
             if began_s is not None:
                 replica.slot_s.add(self._clock() - began_s)
 
-    def snapshot(self) -> ClusterSnapshot:
-        """The replicas a request may be placed on now."""
-        return ClusterSnapshot(
-            prefill=tuple(map(_view, self.pool(Phase.PREFILL, ready_only=True))),
-            decode=tuple(map(_view, self.pool(Phase.DECODE, ready_only=True))),
-            expects_prefill=self.expects_prefill,
-        )
+    @property
+    def block_size_tokens(self) -> int:
+        """Of every engine's blocks, for what is handed over; 0 while no engine is known."""
+        return next((r.info.block_size_tokens for r in self._replicas.values() if r.info), 0)
+
+    def snapshot(self, hashes: Sequence[bytes] = ()) -> ClusterSnapshot:
+        """The replicas a request may be placed on now. `hashes`: of the full blocks of its prompt."""
+        num_cached = self._cached.num_leading(hashes)
+
+        def views(phase: Phase) -> tuple[ReplicaView, ...]:
+            return tuple(_view(r, num_cached.get(r.replica_id, 0)) for r in self.pool(phase, ready_only=True))
+
+        return ClusterSnapshot(views(Phase.PREFILL), views(Phase.DECODE), self.expects_prefill)
+
+    def _take_blocks(self, replica: Replica, told: BlockChanges) -> None:
+        before = replica.blocks.held
+        if (news := replica.blocks.apply(told)) is None:
+            return
+        # A mirror that is cleared because it would overflow has taken the removals over before.
+        gone = chain(before, told.removed) if news.cleared else news.removed
+        self._cached.remove(replica.replica_id, gone)
+        self._cached.store(replica.replica_id, news.stored)
 
     def _learn(self, replica: Replica, delta: TokenDelta) -> None:
         """What a delta shows of the engine that wrote it."""
@@ -160,7 +182,7 @@ class Cluster:
         replica.queued_tokens -= replica.queued.pop(request_id, 0)
 
 
-def _view(replica: Replica) -> ReplicaView:
+def _view(replica: Replica, num_cached_blocks: int) -> ReplicaView:
     in_flight, info, load = replica.all_in_flight, replica.info, replica.load
     is_trusted = load.prompt_tokens_computed_total >= TRUSTED_AFTER_TOKENS
     computed_share = replica.computed_share.ratio
@@ -176,4 +198,5 @@ def _view(replica: Replica) -> ReplicaView:
         slot_s=replica.slot_s.ratio or 0.0,
         max_num_seqs=info.max_num_seqs if info else 0,
         block_size_tokens=info.block_size_tokens if info else 0,
+        cached_tokens=num_cached_blocks * info.block_size_tokens if info else 0,
     )

@@ -235,7 +235,7 @@ class Membership:
     def _lose(self, replica: Replica, loss: Loss) -> None:
         if replica.attached:
             self._count_loss(replica.phase, loss)
-        replica.detach()
+        self._cluster.detach(replica.replica_id)
         for key, (replica_id, probe) in self._probes.items():
             if replica_id == replica.replica_id:
                 _answer(probe, TokenDelta(key, [], FinishReason.ERROR, error=f"{replica_id} was lost"))

@@ -22,6 +22,7 @@ from engine.protocol import (
     WorkerReport,
 )
 from gateway import lifecycle
+from gateway.agents.sessions import Sessions
 from gateway.cluster import Cluster, Replica
 from gateway.lifecycle import SequenceState, Stage
 from gateway.membership import Loss, Membership, MembershipConfig
@@ -37,6 +38,10 @@ log = logging.getLogger("baton.orchestrator")
 PLACE_AGAIN_PAUSE_S = (0.0, 0.5, 1.0, 2.0)
 """After the first loss, the second and so on. More replicas may be lost with one, and are not all noticed at once: a
 request must not use up its placements on those."""
+
+MAX_SESSIONS = 10_000
+MAX_SESSION_TOKENS = 32_000_000
+"""Of all sessions' last prompts: about 200 MB with their blocks' hashes."""
 
 
 class PlacementRejected(Exception):
@@ -146,6 +151,8 @@ class Orchestrator:
         self._clock = clock
         self._wall_clock = wall_clock
         self._new_seed = new_seed
+        self._sessions = Sessions(MAX_SESSIONS, MAX_SESSION_TOKENS)
+        self._num_placed = 0
         self._sequences: dict[str, Sequence] = {}
         self._by_engine_id: dict[str, Sequence] = {}
         self._displaced: dict[str, Sequence] = {}
@@ -241,6 +248,7 @@ class Orchestrator:
     # -- placements
 
     def _place_group(self, request: SequenceRequest, group: Group, arrived_s: float) -> None:
+        session = group.hints.session
         view = RequestView(
             request_id=group.receipt_id,
             num_prompt_tokens=len(request.prompt_token_ids),
@@ -249,8 +257,11 @@ class Orchestrator:
             needs_whole_prompt=request.needs_whole_prompt,
             hints=group.hints,
             waited_s=max(arrived_s - group.received_s, 0.0),
+            number=self._num_placed,
+            session=self._sessions.view(session),
         )
-        snapshot, seed = self.cluster.snapshot(), self._new_seed()
+        hashes = self._hashes(request, request.prompt_token_ids, session)
+        snapshot, seed = self.cluster.snapshot(hashes), self._new_seed()
         began_s = self._clock()
         placement = place(self._policy, view, snapshot, seed)
         if isinstance(placement, Rejection):
@@ -259,6 +270,8 @@ class Orchestrator:
         group.decide_s = self._clock() - began_s
         if isinstance(admission, Rejection):
             raise PlacementRejected(admission)
+        self._num_placed += 1
+        self._sessions.placed(session, placement)
         group.placement = placement
         group.receipt = Receipt(
             group.receipt_id,
@@ -277,18 +290,21 @@ class Orchestrator:
     def _place_again(self, sequence: Sequence) -> bool:
         """Places a displaced sequence, on replicas that have not failed it if there are any; whether it could."""
         request, group = sequence.request, sequence.group
-        num_written = len(sequence.written) if request.resumable else 0
+        written = sequence.written.tolist() if request.resumable else []
+        prompt_token_ids = request.prompt_token_ids + written
         view = RequestView(
             request_id=request.request_id,
-            num_prompt_tokens=len(request.prompt_token_ids) + num_written,
-            max_tokens=request.max_tokens - num_written,
+            num_prompt_tokens=len(prompt_token_ids),
+            max_tokens=request.max_tokens - len(written),
             needs_whole_prompt=request.needs_whole_prompt,
+            number=self._num_placed,
         )
-        everyone = self.cluster.snapshot()
+        everyone = self.cluster.snapshot(self._hashes(request, prompt_token_ids))
         for snapshot in (everyone.without(sequence.state.lost), everyone):
             seed = self._new_seed()
             placement = place(self._policy, view, snapshot, seed)
             if isinstance(placement, Placement):
+                self._num_placed += 1
                 self._note(group, Decision(request.request_id, seed, view, snapshot, placement))
                 del self._displaced[request.request_id]
                 _cancel_deadline(sequence)
@@ -296,6 +312,12 @@ class Orchestrator:
                 self._advance(sequence, lifecycle.Placed(placement.prefill, placement.decode))
                 return True
         return False
+
+    def _hashes(self, request: SequenceRequest, token_ids: list[int], session: str | None = None) -> list[bytes]:
+        """Of the full blocks of a prompt, to look for replicas that have them cached."""
+        if not (block_size_tokens := self.cluster.block_size_tokens):
+            return []
+        return self._sessions.hashes(session, token_ids, block_size_tokens, request.cache_salt)
 
     def _note(self, group: Group, decision: Decision) -> None:
         assert group.receipt is not None

@@ -176,6 +176,14 @@ class AdmissionSettings(Section):
         return self
 
 
+class RoutingSettings(Section):
+    """How requests are placed."""
+
+    policy: Literal["least-tokens", "round-robin", "session-affinity", "dynamo", "llm-d"] = Field(
+        default="least-tokens", description="what chooses the replicas of a request (gateway/routing/policies.py)"
+    )
+
+
 class RuntimeSettings(Section):
     """How a run starts and stays whole. `ray_address`, `num_cpus`, `object_store_mb` and `demo_prompt` are for the
     local Ray that `baton serve` starts, and unused on an existing cluster."""
@@ -205,6 +213,7 @@ class Settings(BaseSettings):
     handoff: HandoffSettings = HandoffSettings()
     gateway: GatewaySettings = GatewaySettings()
     recovery: RecoverySettings = RecoverySettings()
+    routing: RoutingSettings = RoutingSettings()
     admission: AdmissionSettings = AdmissionSettings()
     runtime: RuntimeSettings = RuntimeSettings()
 
@@ -354,6 +363,7 @@ __all__ = [
     "ModelSettings",
     "PoolSettings",
     "RecoverySettings",
+    "RoutingSettings",
     "RuntimeSettings",
     "Settings",
     "SimulationSettings",

@@ -5,6 +5,7 @@ the lists with vLLM's models, so that a new field of a new version cannot slip t
 are dropped before vLLM sees them.
 """
 
+import hashlib
 import math
 import re
 from collections.abc import Mapping
@@ -164,6 +165,12 @@ ROUTES: frozenset[tuple[str, str]] = frozenset(
 )
 
 PRIORITY_HEADER = "x-baton-priority"
+SESSION_HEADERS = (
+    "x-baton-session", "x-session-id", "x-claude-code-session-id", "x-session-affinity", "x-dynamo-session-id",
+)  # fmt: skip
+"""The names under which agents say which conversation a request belongs to; the first that is there counts."""
+
+SESSION_BYTES = 16
 DEADLINE_HEADER = "x-baton-ttft-deadline-ms"
 MAX_DEADLINE_MS = 3_600_000
 
@@ -196,15 +203,18 @@ def read_hints(headers: Mapping[str, str]) -> Hints | Refused:
     priority = headers.get(PRIORITY_HEADER, Priority.NORMAL)
     if priority not in set(Priority):
         return Refused(f"the header {PRIORITY_HEADER} must be {', '.join(Priority)}")
+    named = next((headers[name] for name in SESSION_HEADERS if headers.get(name)), None)
+    # Of a fixed length, whatever the client sends; and what it sends stays out of receipts.
+    session = None if named is None else hashlib.blake2b(named.encode(), digest_size=SESSION_BYTES).hexdigest()
     deadline = headers.get(DEADLINE_HEADER)
     if deadline is None:
-        return Hints(Priority(priority))
+        return Hints(Priority(priority), session=session)
     if not _MILLISECONDS.fullmatch(deadline) or not 0 < int(deadline) <= MAX_DEADLINE_MS:
         return Refused(
             f"the header {DEADLINE_HEADER} must be a whole number of milliseconds, 1 to {MAX_DEADLINE_MS}: how long "
             "the first token may take"
         )
-    return Hints(Priority(priority), int(deadline) / 1000)
+    return Hints(Priority(priority), int(deadline) / 1000, session)
 
 
 def check_body(path: str, body: Mapping[str, Any], max_choices: int) -> dict[str, Any] | Refused:

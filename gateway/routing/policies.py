@@ -1,8 +1,14 @@
-"""Owns the placement policies: pure functions from a request and a snapshot to a placement or a rejection."""
+"""Owns the placement policies: pure functions from a request and a snapshot to a placement or a rejection.
+
+A policy chooses a replica in each pool, decode first. Formulas that other systems have published are named after them;
+their constants are theirs.
+"""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
+from engine.protocol import Phase
 from gateway.routing.types import Cause, ClusterSnapshot, Placement, Rejection, ReplicaView, RequestView
 
 Policy = Callable[[RequestView, ClusterSnapshot, random.Random], Placement | Rejection]
@@ -10,28 +16,49 @@ Policy = Callable[[RequestView, ClusterSnapshot, random.Random], Placement | Rej
 NO_DECODE_RETRY_AFTER_S = 5
 
 
-def least_tokens(request: RequestView, snapshot: ClusterSnapshot, rng: random.Random) -> Placement | Rejection:
-    """The replica with the fewest tokens in flight in each pool; ties are drawn.
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One replica of a pool, what each of the pool scored, and the figure that decided, in words."""
 
-    Decode is chosen first. Prefill is left out when there is no prefill replica or the request needs the whole
-    prompt on the engine that answers (prompt logprobs).
+    view: ReplicaView
+    scores: Mapping[str, float]
+    figure: str
+
+
+Chooser = Callable[[RequestView, Phase, Sequence[ReplicaView], random.Random], Choice]
+"""From a request, the pool's phase and its replicas (at least one)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """The policy that reads each prompt on a prefill replica and answers it on a decode replica.
+
+    Prefill is left out when there is no prefill replica, or the request needs the whole prompt on the engine that
+    answers (prompt logprobs). `words` say what the chosen ones have before all others.
     """
-    if not snapshot.decode:
-        return Rejection(503, "no decode replica is available", NO_DECODE_RETRY_AFTER_S, Cause.NO_DECODE)
-    decode = _fewest_tokens(snapshot.decode, rng)
-    scores = {view.replica_id: float(view.in_flight_tokens) for view in (*snapshot.prefill, *snapshot.decode)}
-    if request.needs_whole_prompt:
-        reason = "decode reads the prompt itself: prompt logprobs need it whole on the engine that answers"
-        return Placement(None, decode.replica_id, "least-tokens", reason, scores)
-    if not snapshot.prefill:
-        reason = "decode reads the prompt itself: no prefill replica is available"
-        return Placement(None, decode.replica_id, "least-tokens", reason, scores, degraded=snapshot.expects_prefill)
-    prefill = _fewest_tokens(snapshot.prefill, rng)
-    reason = (
-        f"fewest tokens in flight: {prefill.in_flight_tokens} on {prefill.replica_id}, "
-        f"{decode.in_flight_tokens} on {decode.replica_id}"
-    )
-    return Placement(prefill.replica_id, decode.replica_id, "least-tokens", reason, scores)
+
+    name: str
+    words: str
+    choose: Chooser
+
+    def __call__(self, request: RequestView, snapshot: ClusterSnapshot, rng: random.Random) -> Placement | Rejection:
+        if not snapshot.decode:
+            return Rejection(503, "no decode replica is available", NO_DECODE_RETRY_AFTER_S, Cause.NO_DECODE)
+        decode = self.choose(request, Phase.DECODE, snapshot.decode, rng)
+        # What prefill replicas score is in the receipt also where none is needed.
+        prefill = self.choose(request, Phase.PREFILL, snapshot.prefill, rng) if snapshot.prefill else None
+        scores = {**(prefill.scores if prefill else {}), **decode.scores}
+        if request.needs_whole_prompt:
+            reason = "decode reads the prompt itself: prompt logprobs need it whole on the engine that answers"
+            return Placement(None, decode.view.replica_id, self.name, reason, scores)
+        if prefill is None:
+            reason = "decode reads the prompt itself: no prefill replica is available"
+            degraded = snapshot.expects_prefill
+            return Placement(None, decode.view.replica_id, self.name, reason, scores, degraded=degraded)
+        reason = (
+            f"{self.words}: {prefill.figure} on {prefill.view.replica_id}, {decode.figure} on {decode.view.replica_id}"
+        )
+        return Placement(prefill.view.replica_id, decode.view.replica_id, self.name, reason, scores)
 
 
 def place(policy: Policy, request: RequestView, snapshot: ClusterSnapshot, seed: int) -> Placement | Rejection:
@@ -39,6 +66,108 @@ def place(policy: Policy, request: RequestView, snapshot: ClusterSnapshot, seed:
     return policy(request, snapshot, random.Random(seed))
 
 
-def _fewest_tokens(views: Sequence[ReplicaView], rng: random.Random) -> ReplicaView:
-    fewest = min(view.in_flight_tokens for view in views)
-    return rng.choice([view for view in views if view.in_flight_tokens == fewest])
+# -- choosers
+
+
+def _lowest(
+    cost: Callable[[RequestView, Phase, ReplicaView], float],
+) -> Chooser:
+    """The replica with the lowest cost; ties are drawn."""
+
+    def choose(request: RequestView, phase: Phase, pool: Sequence[ReplicaView], rng: random.Random) -> Choice:
+        costs = {view.replica_id: cost(request, phase, view) for view in pool}
+        lowest = min(costs.values())
+        view = rng.choice([view for view in pool if costs[view.replica_id] == lowest])
+        return Choice(view, costs, f"{lowest:g}")
+
+    return choose
+
+
+def _tokens_in_flight(request: RequestView, phase: Phase, view: ReplicaView) -> float:
+    return float(view.in_flight_tokens)
+
+
+def _in_turn(request: RequestView, phase: Phase, pool: Sequence[ReplicaView], rng: random.Random) -> Choice:
+    return Choice(pool[request.number % len(pool)], {}, f"number {request.number}")
+
+
+def _as_before(request: RequestView, phase: Phase, pool: Sequence[ReplicaView], rng: random.Random) -> Choice:
+    """Where the session's last turn went, if that replica is there; else in turn."""
+    session = request.session
+    before = None if session is None else session.prefill if phase is Phase.PREFILL else session.decode
+    for view in pool:
+        if view.replica_id == before:
+            return Choice(view, {}, "the session")
+    return _in_turn(request, phase, pool, rng)
+
+
+def _dynamo_cost(request: RequestView, phase: Phase, view: ReplicaView) -> float:
+    """In blocks: prefill that is waiting and this prompt's, less what is cached, and the blocks that are in flight.
+
+    NVIDIA Dynamo's KV router as published: `prefill_load_scale * max(active_prefill + prompt - overlap_credit, 0) +
+    decode_blocks` with scale 1, credit 1.0 and temperature 0; in the decode pool of a split the credit is 0.
+    """
+    block_size_tokens = max(view.block_size_tokens, 1)
+    credit_tokens = view.cached_tokens if phase is Phase.PREFILL else 0
+    prefill_tokens = max(view.queued_tokens + request.num_prompt_tokens - credit_tokens, 0)
+    return (prefill_tokens + view.in_flight_tokens) / block_size_tokens
+
+
+LLM_D_QUEUE_WEIGHT, LLM_D_KV_WEIGHT, LLM_D_PREFIX_WEIGHT = 2.0, 2.0, 3.0
+LLM_D_AFFINE_SHARE = 0.8
+"""Of a prompt, cached on a replica, from which on only such replicas are scored."""
+LLM_D_MAX_PENALTY_S = 5.0
+"""More predicted time to the first token than elsewhere, for which that affinity is given up."""
+
+
+def _llm_d(request: RequestView, phase: Phase, pool: Sequence[ReplicaView], rng: random.Random) -> Choice:
+    """The highest sum of llm-d's weighted scorers, each in [0, 1]: short queue, free KV cache, cached prefix.
+
+    As published: weights 2, 2 and 3, max-score picker, behind an affinity filter of 0.80 that gives way when the time
+    to the first token would be 5 s longer. The queue's score is linear between the longest and the shortest one.
+    """
+    candidates = _affine(request, pool)
+    queues = [view.in_flight_requests for view in candidates]
+    longest, spread = max(queues), max(queues) - min(queues)
+
+    def score(view: ReplicaView) -> float:
+        queue = (longest - view.in_flight_requests) / spread if spread else 1.0
+        kv_used = view.num_kv_blocks_used / view.num_kv_blocks if view.num_kv_blocks else 0.0
+        prefix = view.cached_tokens / max(request.num_prompt_tokens, 1)
+        return LLM_D_QUEUE_WEIGHT * queue + LLM_D_KV_WEIGHT * (1 - kv_used) + LLM_D_PREFIX_WEIGHT * prefix
+
+    scores = {view.replica_id: score(view) for view in candidates}
+    highest = max(scores.values())
+    view = rng.choice([view for view in candidates if scores[view.replica_id] == highest])
+    return Choice(view, scores, f"{highest:.3g}")
+
+
+def _affine(request: RequestView, pool: Sequence[ReplicaView]) -> Sequence[ReplicaView]:
+    """Those that have most of the prompt cached, unless the first token would come too late there."""
+    needed_tokens = LLM_D_AFFINE_SHARE * request.num_prompt_tokens
+    affine = [view for view in pool if view.cached_tokens >= needed_tokens]
+    if not affine:
+        return pool
+    penalty_s = min(_wait_s(request, view) for view in affine) - min(_wait_s(request, view) for view in pool)
+    return pool if penalty_s > LLM_D_MAX_PENALTY_S else affine
+
+
+def _wait_s(request: RequestView, view: ReplicaView) -> float:
+    """Until a replica has read what is queued and this prompt; 0 while its rate is unknown."""
+    tokens = view.queued_tokens * view.computed_share + request.num_prompt_tokens - view.cached_tokens
+    return tokens / view.prefill_tokens_per_s if view.prefill_tokens_per_s > 0 else 0.0
+
+
+least_tokens = Split("least-tokens", "fewest tokens in flight", _lowest(_tokens_in_flight))
+
+POLICIES: Mapping[str, Policy] = {
+    policy.name: policy
+    for policy in (
+        least_tokens,
+        Split("round-robin", "in turn", _in_turn),
+        Split("session-affinity", "where the session was before, or in turn", _as_before),
+        Split("dynamo", "lowest cost in blocks", _lowest(_dynamo_cost)),
+        Split("llm-d", "highest weighted score", _llm_d),
+    )
+}
+"""By the name that the configuration and receipts give them."""

@@ -25,10 +25,22 @@ class Cause(enum.StrEnum):
 @dataclass(frozen=True, slots=True)
 class Hints:
     """What a client says of a request beside its body. `ttft_deadline_s`: when its first token is of no use any more,
-    counted from the HTTP request's arrival; None: the configuration's."""
+    counted from the HTTP request's arrival; None: the configuration's. `session`: which conversation it is a turn of,
+    a name made from what the client calls it; None: it does not say."""
 
     priority: Priority = Priority.NORMAL
     ttft_deadline_s: float | None = None
+    session: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SessionView:
+    """A session before the turn that is placed: how many turns this gateway has placed, and where the last one went.
+    `prefill` is where a turn was last prefilled remotely."""
+
+    num_turns: int = 0
+    prefill: str | None = None
+    decode: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +52,8 @@ class ReplicaView:
     sent there and have no token yet. The rest is measured, and 0 until it was: `prefill_tokens_per_s`, of the tokens
     that are computed; `computed_share` of the prompts read there lately, the rest was cached; `slot_s`, how long a
     request has held one of the `max_num_seqs` (0: unknown) lately. `num_kv_blocks` hold `block_size_tokens` each.
+    `cached_tokens` is how much of the request's prompt, from its beginning, the replica has in its cache, as its engine
+    reports; 0 where there is no request.
     """
 
     replica_id: str
@@ -53,6 +67,7 @@ class ReplicaView:
     slot_s: float = 0.0
     max_num_seqs: int = 0
     block_size_tokens: int = 0
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +92,7 @@ class RequestView:
     """What a policy may know of a request.
 
     `needs_whole_prompt`: the engine that answers must read the prompt itself. `waited_s`: since the HTTP request came.
+    `number` counts the placements that this gateway has decided. `session` is None for a turn of none.
     """
 
     request_id: str
@@ -86,6 +102,8 @@ class RequestView:
     needs_whole_prompt: bool = False
     hints: Hints = Hints()
     waited_s: float = 0.0
+    number: int = 0
+    session: SessionView | None = None
 
 
 @dataclass(frozen=True, slots=True)

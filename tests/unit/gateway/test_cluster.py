@@ -125,6 +125,31 @@ def test_cached_blocks_follow_the_reports() -> None:
     assert set(replica.blocks) == {b"4"}
 
 
+def cached_tokens(cluster: Cluster, *hashes: bytes) -> int:
+    (view,) = cluster.snapshot(hashes).decode
+    return view.cached_tokens
+
+
+def test_a_snapshot_for_a_prompt_says_what_each_replica_has_cached_of_it() -> None:
+    cluster = cluster_of("d1")
+    prompt = (b"1", b"2", b"3")
+    assert cluster.block_size_tokens == 0
+    cluster.fold(report("d1", info=INFO, blocks=BlockChanges([b"1", b"2", b"4"], [], cleared=True)))
+    assert cluster.block_size_tokens == INFO.block_size_tokens
+    assert cached_tokens(cluster, *prompt) == 2 * INFO.block_size_tokens
+    assert cached_tokens(cluster) == 0
+    cluster.fold(report("d1", 1, blocks=BlockChanges([b"3"], [b"4"])))
+    assert cached_tokens(cluster, *prompt) == 3 * INFO.block_size_tokens
+    cluster.fold(report("d1", 2, blocks=BlockChanges([bytes([n, n]) for n in range(64)], [b"3"])))
+    assert cached_tokens(cluster, b"1", b"2") == 0, "the mirror has overflowed"
+    cluster.fold(report("d1", 3, blocks=BlockChanges([b"1"], [])))
+    assert cached_tokens(cluster, *prompt) == INFO.block_size_tokens
+    cluster.detach("d1")
+    cluster.fold(report("d1", info=INFO))
+    replica_of(cluster, "d1").ready = True
+    assert cached_tokens(cluster, *prompt) == 0
+
+
 def test_a_replica_holds_no_more_blocks_than_its_engine_has() -> None:
     cluster = cluster_of("d1")
     replica = replica_of(cluster, "d1")
@@ -139,7 +164,7 @@ def test_a_detached_replica_is_known_for_nothing_but_what_was_sent_to_it() -> No
     replica = replica_of(cluster, "d1")
     cluster.sent("d1", "r", 100)
     cluster.fold(report("d1", info=INFO, others=InFlight(3, 40), blocks=BlockChanges([b"1"], [], cleared=True)))
-    replica.detach()
+    cluster.detach("d1")
     assert (replica.ready, replica.attached, len(replica.blocks)) == (False, False, 0)
     assert replica.all_in_flight == InFlight(1, 100)
 
@@ -263,7 +288,7 @@ def test_nothing_is_queued_on_a_replica_whose_reports_broke_off() -> None:
     cluster = cluster_of("d1")
     cluster.sent("d1", "r", 100)
     cluster.queued("d1", "r")
-    replica_of(cluster, "d1").detach()
+    cluster.detach("d1")
     assert replica_of(cluster, "d1").all_in_flight == InFlight(1, 100, 0)
     cluster.ended("d1", "r")
     assert replica_of(cluster, "d1").all_in_flight == InFlight()

@@ -246,6 +246,29 @@ def test_a_client_says_how_urgent_its_request_is(headers: dict[str, str], hints:
     assert check_headers(headers) is None
 
 
+def session_of(headers: dict[str, str]) -> str | None:
+    hints = read_hints(headers)
+    assert isinstance(hints, Hints)
+    return hints.session
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["x-baton-session", "x-session-id", "x-claude-code-session-id", "x-session-affinity", "x-dynamo-session-id"],
+)
+def test_agents_say_which_session_a_request_belongs_to(name: str) -> None:
+    assert session_of({name: "mine"}) == session_of({"x-baton-session": "mine"}) != session_of({name: "other"})
+    assert session_of({}) is session_of({name: ""}) is None
+
+
+def test_baton_s_own_name_of_a_session_comes_first_and_none_is_kept_as_it_was_sent() -> None:
+    long = "é" * 10_000
+    session = session_of({"x-session-id": "theirs", "x-baton-session": long})
+    assert session == session_of({"x-baton-session": long})
+    assert session is not None
+    assert len(session) == 32
+
+
 @pytest.mark.parametrize("value", ["", "0", "-1", "1.5", "1e3", " 1", "soon", "3600001", "9" * 100, "\u0661", "0x10"])
 def test_a_deadline_that_is_no_time_is_refused(value: str) -> None:
     refused = read_hints({"x-baton-ttft-deadline-ms": value})

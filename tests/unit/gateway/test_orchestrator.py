@@ -23,7 +23,7 @@ from gateway.cluster import TRUSTED_AFTER_TOKENS
 from gateway.orchestrator import PlacementRejected
 from gateway.routing.admission import AdmissionConfig, admit
 from gateway.routing.policies import least_tokens, place
-from gateway.routing.types import Cause, Hints, Priority
+from gateway.routing.types import Cause, Hints, Priority, SessionView
 from gateway.transport import ReplicaGoneError
 from tests.unit.gateway.rig import (
     CREATED_S,
@@ -36,6 +36,44 @@ from tests.unit.gateway.rig import (
 )
 from tests.unit.simulated_config import BLOCK, CONFIG
 from tests.unit.virtual_time import now_s, simulate
+
+# -- where prompts are cached
+
+
+@pytest.mark.parametrize("session", ["a-session", None])
+def test_the_receipt_predicts_what_the_engines_reuse(session: str | None) -> None:
+    async def main() -> None:
+        async with Rig(prefill=1, decode=1) as rig:
+            prompt = PROMPT
+            for turn in range(3):
+                request_id = rig.add(
+                    prompt, 2 * BLOCK, group=rig.orchestrator.new_group(f"t{turn}", 1, hints=Hints(session=session))
+                )
+                answer = await rig.finished(request_id)
+                receipt = rig.receipt(f"t{turn}")
+                (prefill,), (decode,) = receipt.snapshot.prefill, receipt.snapshot.decode
+                assert receipt.outcome.reused_tokens == min(prefill.cached_tokens, len(prompt) - 1)
+                assert (decode.cached_tokens > 0) is (turn > 0)
+                assert receipt.request.number == turn
+                assert (receipt.request.session is None) is (session is None)
+                prompt = prompt + answer.token_ids + OTHER_PROMPT[:BLOCK]
+                await rig.loads_are_told()
+
+    simulate(main)
+
+
+def test_a_session_s_turns_know_where_the_one_before_went() -> None:
+    async def main() -> None:
+        async with Rig(prefill=2, decode=2) as rig:
+            for turn in range(2):
+                group = rig.orchestrator.new_group(f"t{turn}", 1, hints=Hints(session="s"))
+                await rig.finished(rig.add(PROMPT, 2, group=group))
+            first, second = rig.receipt("t0"), rig.receipt("t1")
+            assert first.request.session == SessionView()
+            assert second.request.session == SessionView(1, first.placement.prefill, first.placement.decode)
+
+    simulate(main)
+
 
 # -- answers
 

@@ -8,8 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.routing.policies import least_tokens, place
-from gateway.routing.types import Cause, ClusterSnapshot, Placement, Rejection, ReplicaView, RequestView
+from gateway.routing.policies import POLICIES, least_tokens, place
+from gateway.routing.types import (
+    Cause,
+    ClusterSnapshot,
+    Placement,
+    Rejection,
+    ReplicaView,
+    RequestView,
+    SessionView,
+)
+from gateway.settings import RoutingSettings
 
 REQUEST = RequestView("r", num_prompt_tokens=100, max_tokens=10)
 WHOLE = RequestView("r", num_prompt_tokens=100, max_tokens=10, needs_whole_prompt=True)
@@ -86,3 +95,85 @@ def test_a_placement_is_a_function_of_its_inputs_and_chooses_what_is_there(
     assert (first.prefill is None) == (whole or not prefill)
     if first.prefill is not None:
         assert prefill[first.prefill] == min(prefill.values())
+
+
+# -- the others
+
+
+def by(policy: str, request: RequestView, snapshot: ClusterSnapshot, seed: int = 0) -> Placement:
+    placement = place(POLICIES[policy], request, snapshot, seed)
+    assert isinstance(placement, Placement)
+    assert placement.policy == policy
+    return placement
+
+
+def replica(replica_id: str, **more: float) -> ReplicaView:
+    return replace(ReplicaView(replica_id, 0, 0, 64, 0, block_size_tokens=10, prefill_tokens_per_s=100.0), **more)
+
+
+BOTH = ClusterSnapshot(prefill=views(p0=0, p1=0, p2=0), decode=views(d0=0, d1=0))
+
+
+def test_the_configuration_names_every_policy() -> None:
+    assert set(RoutingSettings.model_json_schema()["properties"]["policy"]["enum"]) == set(POLICIES)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_policy_keeps_the_rules_of_all(policy: str) -> None:
+    rejection = place(POLICIES[policy], REQUEST, ClusterSnapshot(prefill=views(p0=0), decode=()), 0)
+    assert isinstance(rejection, Rejection)
+    assert (rejection.status, rejection.cause) == (503, Cause.NO_DECODE)
+    assert by(policy, WHOLE, BOTH).prefill is None
+    assert by(policy, REQUEST, replace(BOTH, prefill=(), expects_prefill=True)).degraded
+    placement = by(policy, REQUEST, BOTH)
+    assert placement.prefill in ("p0", "p1", "p2")
+    assert placement.reason
+    assert placement == by(policy, REQUEST, BOTH)
+
+
+def test_round_robin_goes_through_both_pools() -> None:
+    placements = [by("round-robin", replace(REQUEST, number=number), BOTH) for number in range(4)]
+    assert [p.prefill for p in placements] == ["p0", "p1", "p2", "p0"]
+    assert [p.decode for p in placements] == ["d0", "d1", "d0", "d1"]
+
+
+def test_session_affinity_stays_where_the_session_was_while_that_is_there() -> None:
+    later = replace(REQUEST, number=1, session=SessionView(3, "p2", "d0"))
+    placement = by("session-affinity", later, BOTH)
+    assert (placement.prefill, placement.decode) == ("p2", "d0")
+    gone = replace(BOTH, prefill=views(p0=0, p1=0))
+    assert by("session-affinity", later, gone).prefill == "p1"
+    first = replace(REQUEST, number=1, session=SessionView())
+    assert (
+        by("session-affinity", first, BOTH).prefill
+        == by("session-affinity", replace(first, session=None), BOTH).prefill
+    )
+
+
+def test_dynamo_adds_the_uncached_prefill_to_what_is_in_flight_in_blocks() -> None:
+    prefill = (replica("p0", cached_tokens=80), replica("p1", queued_tokens=10), replica("p2", in_flight_tokens=90))
+    decode = (replica("d0", cached_tokens=100, in_flight_tokens=10), replica("d1"))
+    placement = by("dynamo", REQUEST, ClusterSnapshot(prefill, decode))
+    assert placement.scores == {"p0": 2.0, "p1": 11.0, "p2": 19.0, "d0": 11.0, "d1": 10.0}
+    assert (placement.prefill, placement.decode) == ("p0", "d1")
+    assert placement.reason == "lowest cost in blocks: 2 on p0, 10 on d1"
+
+
+def test_llm_d_weighs_queue_cache_and_prefix() -> None:
+    prefill = (
+        replica("p0", in_flight_requests=4, num_kv_blocks_used=32, cached_tokens=70),
+        replica("p1", in_flight_requests=0, num_kv_blocks_used=0, cached_tokens=0),
+        replica("p2", in_flight_requests=2, num_kv_blocks_used=16, cached_tokens=50),
+    )
+    placement = by("llm-d", REQUEST, ClusterSnapshot(prefill, (replica("d0"),)))
+    expected = {"p0": 0 + 1.0 + 2.1, "p1": 2 + 2 + 0, "p2": 1 + 1.5 + 1.5, "d0": 4.0}
+    assert placement.scores == pytest.approx(expected)
+    assert placement.prefill == by("llm-d", REQUEST, ClusterSnapshot(prefill, (replica("d0"),)), 0).prefill
+    assert placement.prefill in ("p1", "p2")
+
+
+@pytest.mark.parametrize(("queued_tokens", "prefill"), [(400, "p0"), (700, "p1")])
+def test_llm_d_s_affinity_gives_way_to_a_first_token_five_seconds_later(queued_tokens: int, prefill: str) -> None:
+    holder = replica("p0", cached_tokens=80, queued_tokens=queued_tokens, in_flight_requests=9, num_kv_blocks_used=64)
+    placement = by("llm-d", REQUEST, ClusterSnapshot((holder, replica("p1")), (replica("d0"),)))
+    assert placement.prefill == prefill
