@@ -4,6 +4,7 @@ import asyncio
 import logging
 import uuid
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from prometheus_client import Metric
@@ -19,9 +20,11 @@ from engine.termination import end_at_sigterm
 from gateway import metrics
 from gateway.orchestrator import Orchestrator, OrchestratorConfig
 from gateway.peers_ray import RayPeers
+from gateway.receipt_log import SUFFIX as RECEIPTS_SUFFIX
+from gateway.receipt_log import ReceiptLog
 from gateway.routing.admission import AdmissionConfig
 from gateway.routing.policies import POLICIES
-from gateway.routing.receipts import ReceiptStore
+from gateway.routing.receipts import Receipt, ReceiptStore
 from gateway.settings import PoolSettings, Settings, load
 from gateway.transport_ray import REQUEST_ROUTER, RayTransport
 from prefill.deployment import PrefillReplica
@@ -112,10 +115,15 @@ class Gateway:
                 drop_logprobs=drop_logprobs,
                 admission=AdmissionConfig(**config.admission.model_dump()),
             ),
-            closed=metrics.count,
+            closed=self._close_receipt,
             replica_lost=metrics.count_loss,
         )
         context = serve.get_replica_context()
+        self._receipt_log: ReceiptLog | None = None
+        if config.routing.receipts_folder is not None:
+            file = Path(config.routing.receipts_folder) / f"{context.replica_tag}{RECEIPTS_SUFFIX}"
+            max_bytes = config.routing.receipts_file_mb * 1_000_000
+            self._receipt_log = ReceiptLog(file, max_bytes, metrics.RECEIPTS_DROPPED.inc)
         self._peers = RayPeers(context.replica_tag, serve.get_deployment_handle(context.deployment, context.app_name))
         # The application is made while the engines load.
         (self._app, self._client), _ = await asyncio.gather(
@@ -141,9 +149,16 @@ class Gateway:
         if self._client.errored:
             raise RuntimeError("the gateway's output loop has failed; its log says why")
 
+    def _close_receipt(self, receipt: Receipt) -> None:
+        metrics.count(receipt)
+        if self._receipt_log is not None:
+            self._receipt_log.append(receipt)
+
     async def __del__(self) -> None:
         if orchestrator := getattr(self, "_orchestrator", None):
             await orchestrator.close()
+        if log := getattr(self, "_receipt_log", None):
+            log.close()
 
 
 async def _meet(handles: Mapping[Phase, DeploymentHandle], timeout_s: float) -> None:

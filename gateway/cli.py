@@ -1,17 +1,21 @@
-"""Owns the command line: `baton serve | ask | status | doctor`."""
+"""Owns the command line: `baton serve | ask | status | replay | doctor`."""
 
 import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
+import msgspec
 import typer
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from gateway import client, doctor, launcher
+from gateway import client, doctor, launcher, receipt_log
+from gateway.routing.policies import POLICIES
+from gateway.routing.replay import Replay
+from gateway.routing.replay import replay as replay_all
 from gateway.settings import ConfigError, Settings, load
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -99,6 +103,35 @@ def status(
     console.print(_status_table(report))
 
 
+@app.command()
+def replay(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(metavar="RECEIPTS...", help="Files of receipts, or folders (routing.receipts_folder)."),
+    ],
+    policy: Annotated[
+        str | None, typer.Option(help=f"What this policy would have done: {', '.join(POLICIES)}. Default: their own.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Decide recorded requests again: by their own policy, which must give the same, or by another."""
+    if policy is not None and policy not in POLICIES:
+        _fail(f"there is no policy {policy!r}; there are {', '.join(POLICIES)}")
+    files = receipt_log.files_in(paths)
+    try:
+        found = replay_all((receipt for file in files for receipt in receipt_log.read(file)), policy)
+    except (OSError, receipt_log.UnreadableReceipt) as error:
+        _fail(str(error))
+    if not found.num_decisions and not found.unknown:
+        _fail(f"no receipts in {', '.join(map(str, paths))}; is routing.receipts_folder set where they were served?")
+    if as_json:
+        typer.echo(msgspec.json.format(msgspec.json.encode(found), indent=2).decode())
+    else:
+        _print_replay(_console(), found, policy)
+    if policy is None and found.num_same < found.num_decisions:
+        raise typer.Exit(1)
+
+
 @app.command(name="doctor")
 def doctor_command(
     config: Annotated[
@@ -149,6 +182,24 @@ def _print_receipt(console: Console, url: str, request_id: str | None) -> None:
         _fail(f"{url} gave no {client.REQUEST_ID_HEADER} header: it is not a Baton gateway")
     simulated = client.simulated_replicas(client.status(url))
     console.print(escape(client.describe_receipt(client.receipt(url, request_id), simulated)), soft_wrap=True)
+
+
+def _print_replay(console: Console, found: Replay, policy: str | None) -> None:
+    whose = "their own policy" if policy is None else policy
+    console.print(f"{found.num_same} of {found.num_decisions} decisions are the same by {whose}")
+    for name, number in sorted(found.unknown.items()):
+        console.print(f"[yellow]{number} were decided by {escape(name)}, which this version does not have[/]")
+    for difference in found.differences:
+        console.print(f"  {escape(difference)}", soft_wrap=True)
+    if policy is None:
+        return
+    console.print(f"elsewhere: prefill {found.num_other_prefill}, decode {found.num_other_decode}")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for column in ("", "split", "prompt tokens to read", "prompt tokens cached"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, work in (("recorded", found.recorded), (policy, found.replayed)):
+        table.add_row(name, f"{work.num_split}", f"{work.read_tokens}", f"{work.reused_tokens}")
+    console.print(table)
 
 
 def _status_table(report: dict[str, Any]) -> Table:

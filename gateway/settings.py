@@ -182,6 +182,10 @@ class RoutingSettings(Section):
     policy: Literal["least-tokens", "round-robin", "session-affinity", "dynamo", "llm-d"] = Field(
         default="least-tokens", description="what chooses the replicas of a request (gateway/routing/policies.py)"
     )
+    receipts_folder: str | None = Field(
+        default=None, description="where each gateway keeps a file of its receipts, for `baton replay`; default: none"
+    )
+    receipts_file_mb: PositiveInt = Field(default=64, description="of one gateway; as much again of older ones is kept")
 
 
 class RuntimeSettings(Section):
@@ -334,13 +338,13 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def _resolve_paths(data: dict[str, Any], folder: Path) -> None:
-    model = data.get("model")
-    if not isinstance(model, dict):
-        return
-    for key in ("path", "chat_template"):
-        value = model.get(key)
+    for section, key in (("model", "path"), ("model", "chat_template"), ("routing", "receipts_folder")):
+        values = data.get(section)
+        if not isinstance(values, dict):
+            continue
+        value = values.get(key)
         if isinstance(value, str) and value.startswith("./"):
-            model[key] = str((folder / value).resolve())
+            values[key] = str((folder / value).resolve())
 
 
 def _readable(file: Path, error: ValidationError) -> str:

@@ -12,7 +12,9 @@ from typer.testing import CliRunner, Result
 
 from gateway import cli, doctor, launcher
 from gateway.doctor import Check, Outcome
+from gateway.receipt_log import ReceiptLog
 from gateway.settings import Settings
+from tests.unit.gateway.test_replay import receipt
 
 CONFIG = """
 model: {path: /no/such/model, served_name: tiny}
@@ -304,3 +306,50 @@ def test_doctor_passes_with_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_doctor_prints_the_configurations_schema() -> None:
     schema = json.loads(baton("doctor", "--schema").stdout)
     assert {"model", "pools", "gateway"} <= schema["properties"].keys()
+
+
+# -- replay
+
+
+def receipts_in(folder: Path) -> Path:
+    log = ReceiptLog(folder / "gateway.jsonl", 1_000_000, lambda: None)
+    log.append(receipt())
+    log.close()
+    return folder
+
+
+def test_replay_says_that_decisions_come_out_the_same(tmp_path: Path) -> None:
+    result = baton("replay", str(receipts_in(tmp_path)))
+    assert (result.exit_code, result.output) == (0, "1 of 1 decisions are the same by their own policy\n")
+
+
+def test_replay_says_what_another_policy_would_have_done(tmp_path: Path) -> None:
+    result = baton("replay", str(receipts_in(tmp_path)), "--policy", "session-affinity")
+    assert result.exit_code == 0
+    assert "0 of 1 decisions are the same by session-affinity" in result.output
+    assert "elsewhere: prefill 1, decode" in result.output
+    found = json.loads(baton("replay", str(tmp_path), "--policy", "session-affinity", "--json").output)
+    assert (found["recorded"]["read_tokens"], found["replayed"]["read_tokens"]) == (100, 4)
+
+
+def test_replay_of_a_decision_that_differs_fails(tmp_path: Path) -> None:
+    file = receipts_in(tmp_path) / "gateway.jsonl"
+    file.write_text(file.read_text().replace("fewest tokens", "most tokens"))
+    result = baton("replay", str(file))
+    assert result.exit_code == 1
+    assert "0 of 1" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["/no/such/file"], "/no/such/file"),
+        (["."], "no receipts in ."),
+        ([".", "--policy", "best"], "there is no policy 'best'; there are least-tokens, round-robin"),
+    ],
+)
+def test_replay_says_what_it_cannot_read(arguments: list[str], message: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = baton("replay", *arguments)
+    assert result.exit_code == 1
+    assert message in result.output

@@ -1,0 +1,82 @@
+"""Owns the files of receipts: one line of JSON for each request that has ended, in files that do not grow for ever."""
+
+import logging
+import queue
+from collections.abc import Callable, Iterable, Iterator
+from logging.handlers import QueueHandler, QueueListener, RotatingFileHandler
+from pathlib import Path
+
+import msgspec
+
+from gateway.routing.receipts import Receipt
+
+SUFFIX = ".jsonl"
+MAX_WAITING = 10_000
+"""Receipts that wait for the disk; further ones are left out and counted."""
+
+
+class UnreadableReceipt(ValueError):
+    """A line of a file is no receipt of this version."""
+
+
+class ReceiptLog:
+    """One gateway's file, written by a thread of its own. When it is full it becomes the old one (`.1`), in place of
+    the one before: at most twice `max_bytes` are kept."""
+
+    def __init__(self, file: Path, max_bytes: int, dropped: Callable[[], None]) -> None:
+        """`dropped` is told of each receipt that is left out. Raises OSError."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self._logger = logging.Logger(f"baton.receipts.{file.stem}")
+        waiting: queue.Queue[logging.LogRecord] = queue.Queue(MAX_WAITING)
+        self._logger.addHandler(_Dropping(waiting, dropped))
+        writer = RotatingFileHandler(file, maxBytes=max_bytes, backupCount=1, encoding="utf-8")
+        self._listener = QueueListener(waiting, writer)
+        self._writer = writer
+        self._listener.start()
+
+    def append(self, receipt: Receipt) -> None:
+        self._logger.info("%s", msgspec.json.encode(receipt).decode())
+
+    def close(self) -> None:
+        """Writes what waits."""
+        self._listener.stop()
+        self._writer.close()
+
+
+class _Dropping(QueueHandler):
+    def __init__(self, waiting: "queue.Queue[logging.LogRecord]", dropped: Callable[[], None]) -> None:
+        super().__init__(waiting)
+        self._dropped = dropped
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        try:
+            self.queue.put_nowait(record)
+        except queue.Full:
+            self._dropped()
+
+
+def files_in(paths: Iterable[Path]) -> list[Path]:
+    """The files of receipts that the paths name: files themselves, and those of folders, older ones first."""
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            files = [*path.glob(f"*{SUFFIX}.1"), *path.glob(f"*{SUFFIX}")]
+            found += sorted(files, key=lambda file: (file.name.removesuffix(".1"), not file.name.endswith(".1")))
+        else:
+            found.append(path)
+    return found
+
+
+def read(file: Path) -> Iterator[Receipt]:
+    """A last line that is cut off, as a killed gateway leaves it, is none. Raises OSError, UnreadableReceipt."""
+    decoder = msgspec.json.Decoder(Receipt)
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                yield decoder.decode(line)
+            except msgspec.DecodeError as error:
+                raise UnreadableReceipt(
+                    f"{file}, line {number}: no receipt of this version of Baton: {error}"
+                ) from error
