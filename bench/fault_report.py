@@ -74,7 +74,7 @@ class Observed:
 @dataclass(frozen=True)
 class CaseResult:
     """One JSON file of the results folder. `state_hit` says by the target's receipt whether the blow met it where it
-    was meant to; None where a receipt cannot tell."""
+    was meant to; None where a receipt cannot tell. `never_struck`: the moment did not come about."""
 
     name: str
     victim: str | None
@@ -91,6 +91,7 @@ class CaseResult:
     observed: Observed
     answers: tuple[AnswerReport, ...]
     problems: tuple[str, ...]
+    never_struck: bool = False
 
     @property
     def is_good(self) -> bool:

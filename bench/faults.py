@@ -40,6 +40,9 @@ from bench.fault_view import Views, held_by_gateway, in_flight, load_of, replica
 from gateway.settings import Settings
 
 STAGE_TIMEOUT_S = 30.0
+MOMENT_TRIES = 3
+"""How often a case is begun whose moment does not come about: then nothing was struck."""
+
 MID_STREAM_TOKENS = 8
 ANSWERS_TIMEOUT_S = 200.0
 STOPPED_S = 10.0
@@ -491,8 +494,12 @@ class Experiment:
         self.cold_start_s = await self._cold_start()
         try:
             for number, case in enumerate(todo, 1):
-                site, logs = await self._well_site(), self._folder / f"{case.name}-logs"
-                result = await run_case(site, case, self.cold_start_s, self._git_commit, logs)
+                logs = self._folder / f"{case.name}-logs"
+                for _ in range(MOMENT_TRIES):
+                    result = await run_case(await self._well_site(), case, self.cold_start_s, self._git_commit, logs)
+                    if not result.never_struck:
+                        break
+                    self._say(f"{number}/{len(todo)} {case.name}: {escape('; '.join(result.problems))}")
                 self.results[case.name] = result
                 write_result(self._folder, result)
                 verdict = "[green]ok[/]" if result.is_good else f"[red]{escape('; '.join(result.problems))}[/]"
@@ -543,12 +550,14 @@ async def run_case(
     observed = Observed("", (), None, "", None, "", None, "", "")
     reports: list[AnswerReport] = []
     hit: bool | None = False
+    never_struck = False
     try:
         async with connections() as http:
             # Engines take all cores; without this the moments pass before anybody looks.
             with cpu.first_in_line():
                 seen = await CaseRun(site, case, seed, http).run()
     except StageFailed as error:
+        never_struck = True
         found = (f"the moment did not come about: {error}",)
     else:
         observed = seen.observed
@@ -573,6 +582,7 @@ async def run_case(
         observed=observed,
         answers=tuple(reports),
         problems=found,
+        never_struck=never_struck,
     )
 
 

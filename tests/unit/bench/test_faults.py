@@ -97,3 +97,27 @@ def test_what_is_there_is_shown_and_judged(invoked, tmp_path: Path) -> None:
     assert (written["complete"], written["planned"]) == (True, [CASE.name])
     write_result(tmp_path, replace(result(), answers=(replace(ANSWER, end="broken", expected=False),)))
     assert invoked(*options)[0] == 1
+
+
+@pytest.mark.parametrize(("num_missed", "num_runs", "is_good"), [(0, 1, True), (2, 3, True), (5, 3, False)])
+def test_a_case_whose_moment_does_not_come_about_is_begun_again(
+    num_missed: int, num_runs: int, is_good: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / COLD_START_FILE).write_bytes(msgspec.json.encode(ColdStart(29.6)))
+    kept, said = experiment(tmp_path, again=False)
+    runs: list[Case] = []
+
+    async def run_case(_site, case: Case, *_more) -> CaseResult:
+        runs.append(case)
+        missed = replace(result(), problems=("the moment did not come about",), never_struck=True)
+        return missed if len(runs) <= num_missed else result()
+
+    async def well_site() -> None:
+        return None
+
+    monkeypatch.setattr(faults, "run_case", run_case)
+    monkeypatch.setattr(kept, "_well_site", well_site)
+    asyncio.run(kept.run())
+    assert len(runs) == num_runs
+    assert kept.results[CASE.name].is_good is is_good
+    assert sum("did not come about" in line for line in said) == min(num_missed, 3) + (not is_good)
