@@ -115,6 +115,7 @@ class Gateway:
                 drop_logprobs=drop_logprobs,
                 admission=AdmissionConfig(**config.admission.model_dump()),
             ),
+            shadow=POLICIES.get(config.routing.shadow_policy or ""),
             closed=self._close_receipt,
             replica_lost=metrics.count_loss,
         )

@@ -9,6 +9,7 @@ from engine.protocol import Phase
 from gateway.routing.receipts import Receipt, Times
 from gateway.routing.types import Priority, Rejection
 
+YES_NO = ("no", "yes")
 BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 STAGE = Histogram(
@@ -34,6 +35,11 @@ PREDICTED_TTFT = Histogram(
 FAULTS = Counter("baton_faults", "Faults met by requests, whether the client noticed or not", ["kind"])
 REPLICAS_LOST = Counter("baton_replicas_lost", "Replicas that this gateway heard and lost, by how", ["phase", "cause"])
 GATEWAYS_GONE = Counter("baton_gateways_gone", "Other gateways that were there at one scrape and not at the next")
+SHADOW = Counter(
+    "baton_shadow_decisions",
+    "What the shadow policy decided, and whether it chose the same replicas as the live one",
+    ["policy", "same_prefill", "same_decode"],
+)
 RECEIPTS_DROPPED = Counter("baton_receipts_dropped", "Receipts that came faster than the disk takes them")
 PROMPT_TOKENS = Counter("baton_prompt_tokens", "Prompt tokens by where they came from", ["source"])
 KV_BYTES = Counter("baton_kv_moved_bytes", "Bytes of KV cache that decode engines fetched from prefill engines")
@@ -42,12 +48,18 @@ KV_BYTES = Counter("baton_kv_moved_bytes", "Bytes of KV cache that decode engine
 def count(receipt: Receipt) -> None:
     """Counts a closed receipt."""
     outcome = receipt.outcome
-    REQUESTS.labels(outcome.status, "yes" if receipt.placement.prefill else "no").inc()
+    REQUESTS.labels(outcome.status, YES_NO[receipt.placement.prefill is not None]).inc()
     DEGRADED.inc(receipt.placement.degraded)
     if receipt.admission is not None:
         PREDICTED_TTFT.observe(receipt.admission.predicted_ttft_s)
     for kind in outcome.fault_kinds:
         FAULTS.labels(kind).inc()
+    if (shadow := receipt.shadow) is not None:
+        same_prefill, same_decode = (
+            shadow.prefill == receipt.placement.prefill,
+            shadow.decode == receipt.placement.decode,
+        )
+        SHADOW.labels(shadow.policy, YES_NO[same_prefill], YES_NO[same_decode]).inc()
     PROMPT_TOKENS.labels("cache").inc(outcome.reused_tokens)
     PROMPT_TOKENS.labels("computed").inc(max(outcome.prompt_tokens - outcome.reused_tokens, 0))
     KV_BYTES.inc(outcome.kv_bytes_moved)

@@ -30,7 +30,7 @@ from gateway.outcome import Attempt, GroupTimes, History, blocks_moved, facts_fo
 from gateway.routing.admission import AdmissionConfig, admit
 from gateway.routing.policies import Policy, place
 from gateway.routing.receipts import Decision, Outcome, Receipt, ReceiptStore
-from gateway.routing.types import Cause, Hints, Placement, Rejection, RequestView
+from gateway.routing.types import Cause, ClusterSnapshot, Hints, Placement, Rejection, RequestView
 from gateway.transport import ReplicaGoneError, WorkerTransport
 
 log = logging.getLogger("baton.orchestrator")
@@ -135,6 +135,7 @@ class Orchestrator:
         receipts: ReceiptStore,
         config: OrchestratorConfig,
         *,
+        shadow: Policy | None = None,
         closed: Callable[[Receipt], None] = lambda receipt: None,
         replica_lost: Callable[[Phase, Loss], None] = lambda phase, loss: None,
         clock: Callable[[], float] = time.monotonic,
@@ -146,6 +147,7 @@ class Orchestrator:
         self.receipts = receipts
         self._transport = transport
         self._policy = policy
+        self._shadow = shadow
         self._config = config
         self._on_closed = closed
         self._clock = clock
@@ -284,8 +286,20 @@ class Orchestrator:
             Outcome("running", prompt_tokens=view.num_prompt_tokens),
             admission=admission,
             admission_config=self._config.admission,
+            shadow=self._shadow_placement(view, snapshot, seed),
         )
         self.receipts.put(group.receipt)
+
+    def _shadow_placement(self, view: RequestView, snapshot: ClusterSnapshot, seed: int) -> Placement | None:
+        """What the shadow policy would have decided. Whatever becomes of it, the request goes on."""
+        if self._shadow is None:
+            return None
+        try:
+            placement = place(self._shadow, view, snapshot, seed)
+        except Exception:
+            log.exception("the shadow policy failed on %s", view.request_id)
+            return None
+        return placement if isinstance(placement, Placement) else None
 
     def _place_again(self, sequence: Sequence) -> bool:
         """Places a displaced sequence, on replicas that have not failed it if there are any; whether it could."""

@@ -1,5 +1,6 @@
 """Owns the files of receipts: one line of JSON for each request that has ended, in files that do not grow for ever."""
 
+import contextlib
 import logging
 import queue
 from collections.abc import Callable, Iterable, Iterator
@@ -15,6 +16,10 @@ MAX_WAITING = 10_000
 """Receipts that wait for the disk; further ones are left out and counted."""
 
 
+MAX_FILES = 64
+"""In one folder. Each start of a gateway begins a file, and takes away those that were written to the longest ago."""
+
+
 class UnreadableReceipt(ValueError):
     """A line of a file is no receipt of this version."""
 
@@ -26,6 +31,7 @@ class ReceiptLog:
     def __init__(self, file: Path, max_bytes: int, dropped: Callable[[], None]) -> None:
         """`dropped` is told of each receipt that is left out. Raises OSError."""
         file.parent.mkdir(parents=True, exist_ok=True)
+        _make_room(file.parent)
         self._logger = logging.Logger(f"baton.receipts.{file.stem}")
         waiting: queue.Queue[logging.LogRecord] = queue.Queue(MAX_WAITING)
         self._logger.addHandler(_Dropping(waiting, dropped))
@@ -41,6 +47,16 @@ class ReceiptLog:
         """Writes what waits."""
         self._listener.stop()
         self._writer.close()
+
+
+def _make_room(folder: Path) -> None:
+    by_age: list[tuple[float, Path]] = []
+    for file in (*folder.glob(f"*{SUFFIX}"), *folder.glob(f"*{SUFFIX}.1")):
+        # Another gateway that starts may take the same one away.
+        with contextlib.suppress(FileNotFoundError):
+            by_age.append((file.stat().st_mtime, file))
+    for _, file in sorted(by_age)[: max(len(by_age) - MAX_FILES + 1, 0)]:
+        file.unlink(missing_ok=True)
 
 
 class _Dropping(QueueHandler):

@@ -176,11 +176,17 @@ class AdmissionSettings(Section):
         return self
 
 
+PolicyName = Literal["least-tokens", "round-robin", "session-affinity", "dynamo", "llm-d"]
+
+
 class RoutingSettings(Section):
     """How requests are placed."""
 
-    policy: Literal["least-tokens", "round-robin", "session-affinity", "dynamo", "llm-d"] = Field(
+    policy: PolicyName = Field(
         default="least-tokens", description="what chooses the replicas of a request (gateway/routing/policies.py)"
+    )
+    shadow_policy: PolicyName | None = Field(
+        default=None, description="decides beside it on the same inputs and changes nothing: receipts and metrics tell"
     )
     receipts_folder: str | None = Field(
         default=None, description="where each gateway keeps a file of its receipts, for `baton replay`; default: none"

@@ -71,7 +71,8 @@ class Decision:
 class Receipt:
     """One placement, replayable: `place(policy, request, snapshot, seed)` gives `placement` again, and
     `admit(request, placement, snapshot, admission_config)` gives `admission`. `later` are the placements that faults
-    have made necessary."""
+    have made necessary. `shadow` is what the shadow policy would have decided from the same inputs; None if there is no
+    such policy, or it decided on nothing."""
 
     request_id: str
     created_s: float
@@ -84,6 +85,7 @@ class Receipt:
     admission: Admitted | None = None
     admission_config: AdmissionConfig | None = None
     later: tuple[Decision, ...] = ()
+    shadow: Placement | None = None
 
     def as_json(self) -> dict[str, Any]:
         data = dataclasses.asdict(self)

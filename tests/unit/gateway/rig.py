@@ -108,12 +108,14 @@ class Gateway:
     def __init__(self, transport: InProcessTransport, prefix: str = "r", **config: Any):
         self.closed: list[Receipt] = []
         self.losses: list[tuple[str, str]] = []
+        shadow = config.pop("shadow", None)
         limits = OrchestratorConfig(HANDOFF_TIMEOUT_S, max_in_flight_requests=100, warm_up_sampling=b"warm-up")
         self.orchestrator = Orchestrator(
             transport,
             least_tokens,
             ReceiptStore(100),
             replace(limits, **config),
+            shadow=shadow,
             closed=self.closed.append,
             replica_lost=lambda phase, loss: self.losses.append((phase.value, loss.value)),
             clock=asyncio.get_running_loop().time,

@@ -22,8 +22,8 @@ from engine.protocol import (
 from gateway.cluster import TRUSTED_AFTER_TOKENS
 from gateway.orchestrator import PlacementRejected
 from gateway.routing.admission import AdmissionConfig, admit
-from gateway.routing.policies import least_tokens, place
-from gateway.routing.types import Cause, Hints, Priority, SessionView
+from gateway.routing.policies import POLICIES, least_tokens, place
+from gateway.routing.types import Cause, Hints, Placement, Priority, SessionView
 from gateway.transport import ReplicaGoneError
 from tests.unit.gateway.rig import (
     CREATED_S,
@@ -58,6 +58,34 @@ def test_the_receipt_predicts_what_the_engines_reuse(session: str | None) -> Non
                 assert (receipt.request.session is None) is (session is None)
                 prompt = prompt + answer.token_ids + OTHER_PROMPT[:BLOCK]
                 await rig.loads_are_told()
+
+    simulate(main)
+
+
+@pytest.mark.parametrize("shadow", [None, *POLICIES])
+def test_a_shadow_policy_changes_nothing(shadow: str | None) -> None:
+    async def main() -> None:
+        placements = []
+        for policy in (None, shadow):
+            async with Rig(prefill=3, decode=3, shadow=POLICIES.get(policy or "")) as rig:
+                answers = [await rig.ask(prompt, 5) for prompt in (PROMPT, OTHER_PROMPT, PROMPT)]
+                placements.append([receipt.placement for _, receipt in answers])
+                for _, receipt in answers:
+                    assert (receipt.shadow.policy if receipt.shadow else None) == policy
+        assert placements[0] == placements[1]
+
+    simulate(main)
+
+
+def test_a_shadow_policy_that_fails_costs_no_request() -> None:
+    def broken(*_: object) -> Placement:
+        raise ZeroDivisionError
+
+    async def main() -> None:
+        async with Rig(shadow=broken) as rig:
+            answer, receipt = await rig.ask(PROMPT, 5)
+            assert answer.token_ids == answer_to(PROMPT, 5)
+            assert receipt.shadow is None
 
     simulate(main)
 

@@ -1,10 +1,12 @@
 """Recorded decisions decided again: the same by their own policy, and what another would have done."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
 
+from gateway import receipt_log
 from gateway.receipt_log import ReceiptLog, UnreadableReceipt, files_in, read
 from gateway.routing.policies import POLICIES, place
 from gateway.routing.receipts import Decision, Outcome, Receipt
@@ -91,6 +93,16 @@ def test_files_are_bounded_and_the_last_receipts_are_kept(tmp_path: Path) -> Non
     assert all(found.stat().st_size <= 10_000 for found in files_in([tmp_path]))
     ids = [kept.request_id for found in files_in([tmp_path]) for kept in read(found)]
     assert ids == [f"r{number}" for number in range(100 - len(ids), 100)]
+
+
+def test_a_folder_keeps_the_files_that_were_written_to_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(receipt_log, "MAX_FILES", 3)
+    (tmp_path / "notes.txt").write_text("not a file of receipts")
+    for number, name in enumerate(("d.jsonl", "c.jsonl.1", "b.jsonl", "a.jsonl")):
+        written(tmp_path / name, receipt())
+        os.utime(tmp_path / name, (number, number))
+    written(tmp_path / "new.jsonl", receipt())
+    assert {file.name for file in tmp_path.iterdir()} == {"notes.txt", "new.jsonl", "a.jsonl", "b.jsonl"}
 
 
 def test_a_line_that_was_cut_off_is_none_and_another_that_is_no_receipt_is_named(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """A receipt says where a request's time went, and its parts add up to the time to the first token."""
 
+from dataclasses import replace
+
 import pytest
 from prometheus_client import REGISTRY
 
@@ -99,6 +101,19 @@ def test_the_orchestrator_tells_of_each_receipt_that_closes() -> None:
             closed = rig.closed
             _, receipt = await rig.ask(PROMPT, 6)
             assert closed == [receipt]
+
+    simulate(main)
+
+
+def test_what_a_shadow_policy_would_have_done_is_counted() -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            _, receipt = await rig.ask(PROMPT, 6)
+            labels = {"policy": "another", "same_prefill": "no", "same_decode": "yes"}
+            before = sample("baton_shadow_decisions_total", **labels)
+            shadow = replace(receipt.placement, policy="another", prefill=None)
+            metrics.count(replace(receipt, shadow=shadow))
+            assert sample("baton_shadow_decisions_total", **labels) == before + 1
 
     simulate(main)
 
