@@ -190,8 +190,11 @@ class Faults:
                 await self._pull_fails(kind)
             case Kind.LINK_BREAKS:
                 gateway, node = draw.choice(world.gateways), draw.choice(world.nodes)
+                broken_s, noticed_s = draw.uniform(*LINK_BROKEN_S), draw.uniform(*NOTICED_S)
                 world.hits(kind, [node], gateway)
-                gateway.transport.break_link(node.replica_id, draw.uniform(*LINK_BROKEN_S), draw.uniform(*NOTICED_S))
+                gateway.transport.break_link(node.replica_id, broken_s, noticed_s)
+                # Until both ends have noticed, all looks whole, and the next fault would come on top of this one.
+                await asyncio.sleep(noticed_s + LOOK_S)
             case Kind.EVENTS_LOST:
                 node = draw.choice(world.nodes)
                 world.begins(kind, [node.replica_id])
