@@ -275,7 +275,16 @@ class Rig(Gateway):
         )
         for gateway in (self, *self._others):
             assert gateway.orchestrator.num_in_flight == 0
-            for replica in (*gateway.cluster.pool(Phase.PREFILL), *gateway.cluster.pool(Phase.DECODE)):
+            replicas = (*gateway.cluster.pool(Phase.PREFILL), *gateway.cluster.pool(Phase.DECODE))
+            held = {
+                block_hash: {r.replica_id for r in replicas if block_hash in r.blocks}
+                for r in replicas
+                for block_hash in r.blocks
+            }
+            index = gateway.cluster._cached
+            assert {block_hash: set(index.num_leading([block_hash])) for block_hash in held} == held
+            assert len(index) == len(held)
+            for replica in replicas:
                 assert (replica.in_flight, replica.in_flight_tokens) == ({}, 0), replica.replica_id
                 assert replica.others_in_flight == InFlight(), replica.replica_id
                 engine = self.engines[replica.replica_id]
