@@ -56,9 +56,8 @@ class Sessions:
         self._sessions.move_to_end(name)
         tokens = array("I", token_ids[: len(token_ids) - len(token_ids) % block_size_tokens])
         known = session.tokens
-        is_next = (session.block_size_tokens, session.salt) == (block_size_tokens, salt) and tokens[
-            : len(known)
-        ] == known
+        is_same_kind = (session.block_size_tokens, session.salt) == (block_size_tokens, salt)
+        is_next = is_same_kind and tokens[: len(known)] == known
         hashes = session.hashes if is_next else []
         rest = tokens[len(known) :] if is_next else tokens
         session.hashes = hashes + block_hashes(rest, block_size_tokens, salt, hashes[-1] if hashes else None)
