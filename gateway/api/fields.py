@@ -8,7 +8,7 @@ are dropped before vLLM sees them.
 import hashlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -169,6 +169,8 @@ SESSION_HEADERS = (
     "x-baton-session", "x-session-id", "x-claude-code-session-id", "x-session-affinity", "x-dynamo-session-id",
 )  # fmt: skip
 """The names under which agents say which conversation a request belongs to; the first that is there counts."""
+SESSION_FIELDS = ("session_id", "prompt_cache_key")
+"""The same in a body, for clients that send no such header."""
 
 SESSION_BYTES = 16
 DEADLINE_HEADER = "x-baton-ttft-deadline-ms"
@@ -203,9 +205,7 @@ def read_hints(headers: Mapping[str, str]) -> Hints | Refused:
     priority = headers.get(PRIORITY_HEADER, Priority.NORMAL)
     if priority not in set(Priority):
         return Refused(f"the header {PRIORITY_HEADER} must be {', '.join(Priority)}")
-    named = next((headers[name] for name in SESSION_HEADERS if headers.get(name)), None)
-    # Of a fixed length, whatever the client sends; and what it sends stays out of receipts.
-    session = None if named is None else hashlib.blake2b(named.encode(), digest_size=SESSION_BYTES).hexdigest()
+    session = _session(headers, SESSION_HEADERS)
     deadline = headers.get(DEADLINE_HEADER)
     if deadline is None:
         return Hints(Priority(priority), session=session)
@@ -215,6 +215,20 @@ def read_hints(headers: Mapping[str, str]) -> Hints | Refused:
             "the first token may take"
         )
     return Hints(Priority(priority), int(deadline) / 1000, session)
+
+
+def session_of(body: Mapping[str, Any]) -> str | None:
+    """The name of the session that a body says it belongs to, if it does."""
+    return _session(body, SESSION_FIELDS)
+
+
+def _session(values: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    """Made from the first of these that is there: of a fixed length, whatever the client sends, and what it sends stays
+    out of receipts."""
+    said = next((value for name in names if isinstance(value := values.get(name), str) and value), None)
+    if said is None:
+        return None
+    return hashlib.blake2b(said.encode(errors="surrogatepass"), digest_size=SESSION_BYTES).hexdigest()
 
 
 def check_body(path: str, body: Mapping[str, Any], max_choices: int) -> dict[str, Any] | Refused:

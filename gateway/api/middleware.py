@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import logging
 import time
@@ -176,7 +177,10 @@ class Intake:
         if isinstance(checked, fields.Refused):
             await _send_error(scope, send, 400, checked.message, checked.param)
             return
-        await self._app(_with_length(scope, len(checked)), _replay(checked, receive), send)
+        kept, session = checked
+        if request is not None and hints.session is None:
+            request.hints = dataclasses.replace(hints, session=session)
+        await self._app(_with_length(scope, len(kept)), _replay(kept, receive), send)
 
     async def _read(self, headers: Headers, receive: Receive) -> bytes | None:
         declared = headers.get("content-length", "0")
@@ -196,7 +200,8 @@ class Intake:
             if not message.get("more_body", False):
                 return b"".join(chunks)
 
-    def _check(self, path: str, body: bytes) -> bytes | fields.Refused:
+    def _check(self, path: str, body: bytes) -> tuple[bytes, str | None] | fields.Refused:
+        """What is let in of a body, and the session that it names."""
         try:
             data = msgspec.json.decode(body)
         except (msgspec.DecodeError, RecursionError) as error:
@@ -206,7 +211,7 @@ class Intake:
         checked = fields.check_body(path, data, self._max_choices)
         if isinstance(checked, fields.Refused):
             return checked
-        return body if checked == data else msgspec.json.encode(checked)
+        return body if checked == data else msgspec.json.encode(checked), fields.session_of(data)
 
 
 class ResponseStart:

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway.api import fields
 from gateway.api.fields import ALLOWED, REFUSED, ROUTES, Refused, check_body, check_headers, read_hints
 from gateway.routing.types import Hints, Priority
 
@@ -259,6 +260,18 @@ def session_of(headers: dict[str, str]) -> str | None:
 def test_agents_say_which_session_a_request_belongs_to(name: str) -> None:
     assert session_of({name: "mine"}) == session_of({"x-baton-session": "mine"}) != session_of({name: "other"})
     assert session_of({}) is session_of({name: ""}) is None
+
+
+@pytest.mark.parametrize("name", ["session_id", "prompt_cache_key"])
+def test_a_body_names_a_session_as_a_header_does(name: str) -> None:
+    assert fields.session_of({name: "mine"}) == session_of({"x-session-id": "mine"})
+
+
+@pytest.mark.parametrize("value", ["", 5, None, ["mine"], {"a": 1}])
+def test_a_body_s_session_that_is_no_name_is_none(value: object) -> None:
+    assert fields.session_of({"session_id": value}) is None
+    assert fields.session_of({"session_id": value, "prompt_cache_key": "mine"}) is not None
+    assert fields.session_of({"session_id": "\ud800"}) is not None
 
 
 def test_baton_s_own_name_of_a_session_comes_first_and_none_is_kept_as_it_was_sent() -> None:

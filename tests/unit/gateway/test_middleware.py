@@ -10,7 +10,7 @@ import pytest
 from starlette.responses import StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gateway.api import context
+from gateway.api import context, fields
 from gateway.api.middleware import (
     DEPARTURE_S,
     REQUEST_ID_HEADER,
@@ -277,7 +277,7 @@ def test_a_refused_header_is_answered_400_whatever_the_method(method: str) -> No
     simulate(main)
 
 
-async def hints_of(headers: dict[str, str]) -> tuple[list[Hints], Exchange]:
+async def hints_of(headers: dict[str, str], body: dict[str, Any] | None = None) -> tuple[list[Hints], Exchange]:
     noted: list[Hints] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -287,7 +287,21 @@ async def hints_of(headers: dict[str, str]) -> tuple[list[Hints], Exchange]:
         await send(start_of(200, "text/plain"))
         await send(chunk(b"ok", more=False))
 
-    return noted, await Exchange(headers=headers, incoming=body_of({})).run(ResponseStart(intake(app)))
+    return noted, await Exchange(headers=headers, incoming=body_of(body or {})).run(ResponseStart(intake(app)))
+
+
+def test_a_session_comes_from_a_header_or_else_from_the_body() -> None:
+    async def main() -> None:
+        for headers, body, expected in (
+            ({"x-session-id": "a"}, {"session_id": "b"}, {"x-session-id": "a"}),
+            ({}, {"session_id": "b", "prompt_cache_key": "c"}, {"x-session-id": "b"}),
+            ({}, {"prompt_cache_key": "c"}, {"x-session-id": "c"}),
+            ({}, {}, {}),
+        ):
+            (hints,), _ = await hints_of(headers, body)
+            assert hints == fields.read_hints(expected)
+
+    simulate(main)
 
 
 def test_what_the_headers_say_of_a_request_is_noted() -> None:
