@@ -300,11 +300,13 @@ class SimulatedTransport:
         link.send(end, network.delay_s())
 
     async def _has_room(self, link: _Link) -> bool:
-        for _ in range(int(UNREAD_S / ROOM_LOOK_S)):
-            if self.room_reports is None or link.num_unread < self.room_reports:
-                return True
+        num_looks = 0
+        while self.room_reports is not None and link.num_unread >= self.room_reports:
+            if num_looks == int(UNREAD_S / ROOM_LOOK_S):
+                return False
+            num_looks += 1
             await asyncio.sleep(ROOM_LOOK_S)
-        return False
+        return True
 
     async def _detach(self, link: _Link) -> None:
         await asyncio.sleep(self.detach_delay_s + self._network.delay_s())

@@ -36,6 +36,9 @@ POOL_HANGS_S = (7.0, 20.0)
 """Longer than gateways wait for a report: shorter ones are not a loss."""
 LINK_BROKEN_S = (0.0, 3.0)
 NOTICED_S = (0.0, 1.5)
+SETTLES_S = 2.0
+"""By then everybody has noticed a fault. Before, all may look whole, and the next one would come on top of it."""
+
 GONE_ON_S = 1.0
 """Within so long a gateway that goes on has read what it was sent."""
 DRAIN_LIMIT_S = 120.0
@@ -149,6 +152,7 @@ class Faults:
                 continue
             kind = self._next()
             await self._break(kind)
+            await asyncio.sleep(SETTLES_S)
             try:
                 await world.until_whole()
             except TimeoutError:
@@ -190,11 +194,8 @@ class Faults:
                 await self._pull_fails(kind)
             case Kind.LINK_BREAKS:
                 gateway, node = draw.choice(world.gateways), draw.choice(world.nodes)
-                broken_s, noticed_s = draw.uniform(*LINK_BROKEN_S), draw.uniform(*NOTICED_S)
                 world.hits(kind, [node], gateway)
-                gateway.transport.break_link(node.replica_id, broken_s, noticed_s)
-                # Until both ends have noticed, all looks whole, and the next fault would come on top of this one.
-                await asyncio.sleep(noticed_s + LOOK_S)
+                gateway.transport.break_link(node.replica_id, draw.uniform(*LINK_BROKEN_S), draw.uniform(*NOTICED_S))
             case Kind.EVENTS_LOST:
                 node = draw.choice(world.nodes)
                 world.begins(kind, [node.replica_id])
