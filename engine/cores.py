@@ -1,6 +1,7 @@
 """Owns the choice of an engine's cores: of its pool's core sets on a node, one that no other replica has."""
 
 import asyncio
+import errno
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,7 +46,9 @@ def _held(name: str) -> socket.socket | None:
     hold = socket.socket(socket.AF_UNIX)
     try:
         hold.bind(f"\0baton-cores {name}")
-    except OSError:
+    except OSError as error:
         hold.close()
+        if error.errno != errno.EADDRINUSE:
+            raise
         return None
     return hold

@@ -90,14 +90,14 @@ class HandoffScheduler(NixlPullConnectorScheduler):
 class HandoffWorker(NixlPullConnectorWorker):
     """Has the prompt read anew when its blocks may not have been its own any more while they were fetched.
 
-    vLLM trusts that a fetch ends within the lease. An engine that does not run for longer (its process was stopped, its
-    machine swaps) sends no heartbeats meanwhile; the producer gives the blocks to another prompt, and the fetch
+    vLLM trusts that the blocks are kept until they are fetched. An engine that does not run for long (its process was
+    stopped, its machine swaps) or whose heartbeats do not arrive finds them given to another prompt, and the fetch
     succeeds all the same. The answer would be wrong, and all that later hit these blocks in the prefix cache.
     """
 
     def __init__(self, vllm_config: VllmConfig, engine_id: str, kv_cache_config: KVCacheConfig):
         super().__init__(vllm_config, engine_id, kv_cache_config)
-        self._leases = Leases(self._lease_extension)
+        self._leases = Leases()
 
     def start_load_kv(self, metadata: NixlConnectorMetadata) -> None:
         assert isinstance(metadata, HandoffMetadata)
@@ -105,15 +105,6 @@ class HandoffWorker(NixlPullConnectorWorker):
         for request_id, end_s in metadata.lease_ends_s.items():
             self._leases.begin(request_id, now_s + end_s - epoch_s, now_s)
         super().start_load_kv(metadata)
-
-    def _send_heartbeats(self, metadata: NixlConnectorMetadata) -> None:
-        now_s = time.monotonic()
-        # The others are shaken hands with first, and get no heartbeat in this step.
-        reached = [info for id, info in metadata.heartbeat_by_engine.items() if id in self._remote_agents]
-        super()._send_heartbeats(metadata)
-        for info in reached:
-            for request_id in info.req_ids:
-                self._leases.renew(request_id, now_s)
 
     def _read_blocks_for_req(self, req_id: str, meta: ReqMeta) -> None:
         if meta.awaiting_kvs and not self._holds(meta):

@@ -41,6 +41,8 @@ HEALTH_CHECK_PERIOD_S = 2.0
 SERVE_ENDS_WITHIN_S = 30.0
 """What Serve takes at most to end the process of a replica whose time to drain is over."""
 
+RECEIPTS_CLOSE_S = 5.0
+
 FEWEST_READY = {Phase.DECODE: 1, Phase.PREFILL: 0}
 """What a gateway waits for when it starts, beside every replica that Serve lists then. After the loss of a node a pool
 may be incomplete for long, and gateways that wait for the missing part could not be replaced meanwhile."""
@@ -159,7 +161,8 @@ class Gateway:
         if orchestrator := getattr(self, "_orchestrator", None):
             await orchestrator.close()
         if log := getattr(self, "_receipt_log", None):
-            log.close()
+            async with asyncio.timeout(RECEIPTS_CLOSE_S):
+                await asyncio.to_thread(log.close)
 
 
 async def _meet(handles: Mapping[Phase, DeploymentHandle], timeout_s: float) -> None:

@@ -191,7 +191,7 @@ def _check_cores(facts: MachineFacts, settings: Settings) -> Check:
     for pool in (settings.pools.prefill, settings.pools.decode):
         if pool.device == "cpu":
             engines += pool.replicas
-            for cores in (pool.cpu_cores or [])[: pool.replicas]:
+            for cores in pool.cpu_cores or []:
                 bound.update(cores)
     missing = sorted(bound - facts.cores)
     if missing:

@@ -233,7 +233,8 @@ class Membership:
         self._watch = loop.call_later(interval_s, self._look) if self._streams else None
 
     def _lose(self, replica: Replica, loss: Loss) -> None:
-        if replica.attached:
+        # One that has left is counted.
+        if replica.attached and replica.replica_id in self._members:
             self._count_loss(replica.phase, loss)
         self._cluster.detach(replica.replica_id)
         for key, (replica_id, probe) in self._probes.items():

@@ -262,17 +262,17 @@ class Orchestrator:
             number=self._num_placed,
             session=self._sessions.view(session),
         )
+        began_s = self._clock()
         hashes = self._hashes(request, request.prompt_token_ids, session)
         snapshot, seed = self.cluster.snapshot(hashes), self._new_seed()
-        began_s = self._clock()
         placement = place(self._policy, view, snapshot, seed)
         if isinstance(placement, Rejection):
             raise PlacementRejected(placement)
+        self._num_placed += 1
         admission = admit(view, placement, snapshot, self._config.admission)
         group.decide_s = self._clock() - began_s
         if isinstance(admission, Rejection):
             raise PlacementRejected(admission)
-        self._num_placed += 1
         self._sessions.placed(session, placement)
         group.placement = placement
         group.receipt = Receipt(
@@ -304,6 +304,9 @@ class Orchestrator:
     def _place_again(self, sequence: Sequence) -> bool:
         """Places a displaced sequence, on replicas that have not failed it if there are any; whether it could."""
         request, group = sequence.request, sequence.group
+        if not self.cluster.pool(Phase.DECODE, ready_only=True):
+            return False
+        session = group.hints.session
         written = sequence.written.tolist() if request.resumable else []
         prompt_token_ids = request.prompt_token_ids + written
         view = RequestView(
@@ -311,14 +314,18 @@ class Orchestrator:
             num_prompt_tokens=len(prompt_token_ids),
             max_tokens=request.max_tokens - len(written),
             needs_whole_prompt=request.needs_whole_prompt,
+            hints=group.hints,
             number=self._num_placed,
+            session=self._sessions.view(session),
         )
-        everyone = self.cluster.snapshot(self._hashes(request, prompt_token_ids))
+        everyone = self.cluster.snapshot(self._hashes(request, prompt_token_ids, session))
         for snapshot in (everyone.without(sequence.state.lost), everyone):
             seed = self._new_seed()
             placement = place(self._policy, view, snapshot, seed)
             if isinstance(placement, Placement):
                 self._num_placed += 1
+                if sequence.state.leads:
+                    self._sessions.placed(session, placement)
                 self._note(group, Decision(request.request_id, seed, view, snapshot, placement))
                 del self._displaced[request.request_id]
                 _cancel_deadline(sequence)
@@ -327,7 +334,7 @@ class Orchestrator:
                 return True
         return False
 
-    def _hashes(self, request: SequenceRequest, token_ids: list[int], session: str | None = None) -> list[bytes]:
+    def _hashes(self, request: SequenceRequest, token_ids: list[int], session: str | None) -> list[bytes]:
         """Of the full blocks of a prompt, to look for replicas that have them cached."""
         if not (block_size_tokens := self.cluster.block_size_tokens):
             return []
@@ -646,7 +653,8 @@ class Orchestrator:
             log.warning(
                 "no decode replica can release %s now; the next one that is ready is to", handoff.source_request_id
             )
-            self._unreleased.append(handoff)
+            now_s = self._wall_clock()
+            self._unreleased = [*(kept for kept in self._unreleased if kept.expires_s > now_s), handoff]
         else:
             log.error("%s could not be released; its blocks stay until the lease ends", handoff.source_request_id)
 

@@ -16,6 +16,7 @@ MAX_WAITING = 10_000
 """Receipts that wait for the disk; further ones are left out and counted."""
 
 
+CLOSE_TIMEOUT_S = 2.0
 MAX_FILES = 64
 """In one folder. Each start of a gateway begins a file, and takes away those that were written to the longest ago."""
 
@@ -35,8 +36,9 @@ class ReceiptLog:
         self._logger = logging.Logger(f"baton.receipts.{file.stem}")
         waiting: queue.Queue[logging.LogRecord] = queue.Queue(MAX_WAITING)
         self._logger.addHandler(_Dropping(waiting, dropped))
-        writer = RotatingFileHandler(file, maxBytes=max_bytes, backupCount=1, encoding="utf-8")
-        self._listener = QueueListener(waiting, writer)
+        writer = _Writer(file, maxBytes=max_bytes, backupCount=1, encoding="utf-8")
+        writer.dropped = dropped
+        self._listener = _Listener(waiting, writer)
         self._writer = writer
         self._listener.start()
 
@@ -44,7 +46,7 @@ class ReceiptLog:
         self._logger.info("%s", msgspec.json.encode(receipt).decode())
 
     def close(self) -> None:
-        """Writes what waits."""
+        """Writes what waits; a disk that takes nothing for CLOSE_TIMEOUT_S loses it. Raises queue.Full."""
         self._listener.stop()
         self._writer.close()
 
@@ -53,10 +55,24 @@ def _make_room(folder: Path) -> None:
     by_age: list[tuple[float, Path]] = []
     for file in (*folder.glob(f"*{SUFFIX}"), *folder.glob(f"*{SUFFIX}.1")):
         # Another gateway that starts may take the same one away.
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             by_age.append((file.stat().st_mtime, file))
     for _, file in sorted(by_age)[: max(len(by_age) - MAX_FILES + 1, 0)]:
-        file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            file.unlink()
+
+
+class _Writer(RotatingFileHandler):
+    dropped: Callable[[], None]
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """What the disk refuses."""
+        self.dropped()
+
+
+class _Listener(QueueListener):
+    def enqueue_sentinel(self) -> None:
+        self.queue.put(None, timeout=CLOSE_TIMEOUT_S)  # type: ignore[attr-defined]
 
 
 class _Dropping(QueueHandler):
@@ -72,7 +88,8 @@ class _Dropping(QueueHandler):
 
 
 def files_in(paths: Iterable[Path]) -> list[Path]:
-    """The files of receipts that the paths name: files themselves, and those of folders, older ones first."""
+    """The files of receipts that the paths name: files themselves, and those of folders, each
+    gateway's old one before its new one."""
     found: list[Path] = []
     for path in paths:
         if path.is_dir():

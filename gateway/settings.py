@@ -189,7 +189,8 @@ class RoutingSettings(Section):
         default=None, description="decides beside it on the same inputs and changes nothing: receipts and metrics tell"
     )
     receipts_folder: str | None = Field(
-        default=None, description="where each gateway keeps a file of its receipts, for `baton replay`; default: none"
+        default=None,
+        description="where each gateway keeps a file of receipts: absolute, or from the config if it begins ./",
     )
     receipts_file_mb: PositiveInt = Field(default=64, description="of one gateway; as much again of older ones is kept")
 
@@ -255,7 +256,7 @@ class Settings(BaseSettings):
                     f"pools.{name}.cpu_cores lists {len(pool.cpu_cores)} core sets for {pool.replicas} replicas; "
                     "give each replica its own, e.g. [[0], [1]]"
                 )
-            for index, cores in enumerate(pool.cpu_cores[: pool.replicas]):
+            for index, cores in enumerate(pool.cpu_cores):
                 for core in cores:
                     owner = f"pools.{name}.cpu_cores[{index}]"
                     if core in taken and not self.pools.allow_shared_cores:

@@ -52,9 +52,9 @@ class Sessions:
         """
         if name is None:
             return block_hashes(token_ids, block_size_tokens, salt)
+        tokens = array("I", token_ids[: len(token_ids) - len(token_ids) % block_size_tokens])
         session = self._sessions.setdefault(name, _Session())
         self._sessions.move_to_end(name)
-        tokens = array("I", token_ids[: len(token_ids) - len(token_ids) % block_size_tokens])
         known = session.tokens
         is_same_kind = (session.block_size_tokens, session.salt) == (block_size_tokens, salt)
         is_next = is_same_kind and tokens[: len(known)] == known

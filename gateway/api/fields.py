@@ -169,8 +169,8 @@ SESSION_HEADERS = (
     "x-baton-session", "x-session-id", "x-claude-code-session-id", "x-session-affinity", "x-dynamo-session-id",
 )  # fmt: skip
 """The names under which agents say which conversation a request belongs to; the first that is there counts."""
-SESSION_FIELDS = ("session_id", "prompt_cache_key")
-"""The same in a body, for clients that send no such header."""
+SESSION_FIELDS = ("session_id",)
+"""The same in a body, for clients that send no such header. Not `prompt_cache_key`: many conversations share one."""
 
 SESSION_BYTES = 16
 DEADLINE_HEADER = "x-baton-ttft-deadline-ms"

@@ -79,7 +79,7 @@ def fetching_worker(lease_s):
         _recving_transfers={"r": [1]},
         _recv_failures=set(),
         _failed_recv_reqs=Queue(),
-        _leases=Leases(20.0),
+        _leases=Leases(),
     )
     now_s = time.monotonic()
     worker._leases.begin("remote-r", now_s + lease_s, min(now_s, now_s + lease_s - 1))

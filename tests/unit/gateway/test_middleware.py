@@ -294,8 +294,7 @@ def test_a_session_comes_from_a_header_or_else_from_the_body() -> None:
     async def main() -> None:
         for headers, body, expected in (
             ({"x-session-id": "a"}, {"session_id": "b"}, {"x-session-id": "a"}),
-            ({}, {"session_id": "b", "prompt_cache_key": "c"}, {"x-session-id": "b"}),
-            ({}, {"prompt_cache_key": "c"}, {"x-session-id": "c"}),
+            ({}, {"session_id": "b"}, {"x-session-id": "b"}),
             ({}, {}, {}),
         ):
             (hints,), _ = await hints_of(headers, body)

@@ -90,6 +90,36 @@ def test_a_shadow_policy_that_fails_costs_no_request() -> None:
     simulate(main)
 
 
+def test_a_decision_that_is_not_taken_counts_too() -> None:
+    async def main() -> None:
+        async with Rig(prefill=2, decode=2) as rig:
+            hurry = Hints(ttft_deadline_s=1e-9)
+            with pytest.raises(PlacementRejected):
+                rig.add(PROMPT, 2, group=rig.orchestrator.new_group("late", 1, now_s() - 1.0, hurry))
+            await rig.finished(rig.add(PROMPT, 2, group=rig.orchestrator.new_group("next", 1)))
+            assert rig.receipt("next").request.number == 1
+
+    simulate(main)
+
+
+def test_a_session_goes_on_where_a_fault_has_brought_it() -> None:
+    async def main() -> None:
+        async with Rig(prefill=1, decode=2) as rig:
+            for turn in range(2):
+                group = rig.orchestrator.new_group(f"t{turn}", 1, hints=Hints(session="s"))
+                request_id = rig.add(PROMPT, 30, group=group, resumable=True)
+                await rig.writing(request_id)
+                if not turn:
+                    rig.engines[rig.receipt("t0").placement.decode].die()
+                await rig.finished(request_id)
+            (later,) = rig.receipt("t0").later
+            second = rig.receipt("t1").request.session
+            assert second is not None
+            assert (second.num_turns, second.decode) == (2, later.placement.decode)
+
+    simulate(main)
+
+
 def test_a_session_s_turns_know_where_the_one_before_went() -> None:
     async def main() -> None:
         async with Rig(prefill=2, decode=2) as rig:

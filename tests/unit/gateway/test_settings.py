@@ -182,6 +182,11 @@ pools:
 """
 
 
+def test_spare_core_sets_are_taken_by_replicas_and_so_must_be_free(tmp_path: Path) -> None:
+    spare = SPLIT.replace("cpu_cores: [[0]]", "cpu_cores: [[0], [1]]")
+    assert "core 1 is bound to two engines" in refusal(written(tmp_path, spare))
+
+
 def test_a_lease_too_short_for_heartbeats_is_refused(tmp_path: Path) -> None:
     assert "handoff.lease_s" in refusal(written(tmp_path, SPLIT + "handoff: {lease_s: 5}\n"))
     assert load(written(tmp_path, SPLIT + "handoff: {lease_s: 6}\n")).handoff.lease_s == 6
