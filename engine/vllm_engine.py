@@ -31,7 +31,6 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor import Executor
 from vllm.v1.metrics.stats import PrefillStats, SchedulerStats
 
-from engine.leases import LEASE_END_KEY
 from engine.load import Ledger, Pace
 from engine.ports import free_ports
 from engine.protocol import (
@@ -58,6 +57,10 @@ CPU_WORKER = "engine.vllm_cpu_worker.BatonCPUWorker"
 # vLLM's default on CPUs puts the model into a worker process, and both sides spin on shared memory for each other:
 # two cores for one engine (docs/adr/0009).
 CPU_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+LEASE_END_KEY = "remote_blocks_expiry_time"
+"""Where `engine.vllm_nixl.HandoffWorker` finds `KVHandoff.expires_s`; vLLM fills and reads it for its reverse transfer
+only."""
+
 LEASE_SHARE = 0.8
 """Of a hand-off's lease, in which decode may be given it: the rest is for its way to the fetch, and for clocks."""
 PREFILL_SAMPLING = SamplingPayload(SamplingParams(max_tokens=1, temperature=0.0, detokenize=False))

@@ -14,16 +14,13 @@ from unittest import mock
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl import NixlPullConnector, connector
-from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import NixlConnectorMetadata, ReqMeta
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import ReqMeta
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_scheduler import NixlPullConnectorScheduler
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker import NixlPullConnectorWorker
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
-from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.request import Request
-
-from engine.leases import LEASE_END_KEY, Leases
 
 logger = init_logger("vllm.baton.nixl")
 
@@ -47,36 +44,11 @@ class NixlConnector(NixlPullConnector):
             self.connector_scheduler = HandoffScheduler(vllm_config, self.engine_id, kv_cache_config)
 
 
-class HandoffMetadata(NixlConnectorMetadata):
-    """What the scheduler side tells the worker side in a step. `lease_ends_s`: of new hand-offs, by the producer's
-    request ids, in seconds since the epoch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lease_ends_s: dict[str, float] = {}
-
-
 class HandoffScheduler(NixlPullConnectorScheduler):
     """Fetches the tokens that the hand-off covers; vLLM's own takes it that this is the whole prompt.
 
     A prompt that ends with tokens of the answer is longer than what prefill has read (docs/adr/0010).
     """
-
-    def __init__(self, vllm_config: VllmConfig, engine_id: str, kv_cache_config: KVCacheConfig):
-        super().__init__(vllm_config, engine_id, kv_cache_config)
-        self._lease_ends_s: dict[str, float] = {}
-
-    def on_new_request(self, request: Request) -> None:
-        super().on_new_request(request)
-        if (params := request.kv_transfer_params) and LEASE_END_KEY in params:
-            self._lease_ends_s[params["remote_request_id"]] = params[LEASE_END_KEY]
-
-    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> HandoffMetadata:
-        metadata = HandoffMetadata()
-        for name, value in vars(super().build_connector_meta(scheduler_output)).items():
-            setattr(metadata, name, value)
-        metadata.lease_ends_s, self._lease_ends_s = self._lease_ends_s, {}
-        return metadata
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
         count, asynchronous = super().get_num_new_matched_tokens(request, num_computed_tokens)
@@ -95,17 +67,6 @@ class HandoffWorker(NixlPullConnectorWorker):
     succeeds all the same. The answer would be wrong, and all that later hit these blocks in the prefix cache.
     """
 
-    def __init__(self, vllm_config: VllmConfig, engine_id: str, kv_cache_config: KVCacheConfig):
-        super().__init__(vllm_config, engine_id, kv_cache_config)
-        self._leases = Leases()
-
-    def start_load_kv(self, metadata: NixlConnectorMetadata) -> None:
-        assert isinstance(metadata, HandoffMetadata)
-        now_s, epoch_s = time.monotonic(), time.time()
-        for request_id, end_s in metadata.lease_ends_s.items():
-            self._leases.begin(request_id, now_s + end_s - epoch_s, now_s)
-        super().start_load_kv(metadata)
-
     def _read_blocks_for_req(self, req_id: str, meta: ReqMeta) -> None:
         if meta.awaiting_kvs and not self._holds(meta):
             self._note_expiry(req_id)
@@ -116,17 +77,18 @@ class HandoffWorker(NixlPullConnectorWorker):
     def _pop_done_transfers(self, transfers: dict[str, list[int]]) -> tuple[set[str], set[str]]:
         """What has come while the lease still holds was read while it held."""
         done, failed = super()._pop_done_transfers(transfers)
-        for req_id in done:
-            meta = self._recving_metadata[req_id]
-            if req_id not in failed and not self._holds(meta):
+        for req_id in done - failed:
+            if not self._holds(self._recving_metadata[req_id]):
                 self._note_expiry(req_id)
                 failed.add(req_id)
-            if meta.remote is not None:
-                self._leases.end(meta.remote.request_id)
         return done, failed
 
-    def _holds(self, meta: ReqMeta) -> bool:
-        return meta.remote is not None and self._leases.holds(meta.remote.request_id, time.monotonic())
+    @staticmethod
+    def _holds(meta: ReqMeta) -> bool:
+        """The heartbeats of a request that waits are not counted on: nobody confirms them, and a producer that did not
+        hear one in time has given the blocks away."""
+        end_s = meta.remote.blocks_expiry_time if meta.remote is not None else None
+        return end_s is not None and time.time() < end_s
 
     def _note_expiry(self, req_id: str) -> None:
         logger.warning("the lease of the hand-off of %s has ended: its prompt is read here", req_id)

@@ -63,14 +63,17 @@ class Wire:
 
 
 def fetching_worker(lease_s):
-    """The worker side with one fetch under way, whose lease ends in so many seconds."""
-    from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import RemoteMeta, ReqMeta
+    """The worker side with one fetch under way, whose lease ends in so many seconds; None: nobody has told when."""
+    from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import NixlConnectorMetadata
 
-    from engine.leases import Leases
+    from engine.vllm_engine import LEASE_END_KEY
     from engine.vllm_nixl import HandoffWorker
 
-    remote = RemoteMeta(block_ids=([1],), host="h", port=1, engine_id="p", request_id="remote-r")
-    meta = ReqMeta(local_block_ids=([7],), local_physical_block_ids=([7],), tp_size=1, remote=remote, awaiting_kvs=True)
+    names = ("remote_block_ids", "remote_engine_id", "remote_request_id", "remote_host", "remote_port")
+    told = dict.fromkeys(names) | ({} if lease_s is None else {LEASE_END_KEY: time.time() + lease_s})
+    metadata = NixlConnectorMetadata()
+    metadata.add_new_req_to_recv("r", ([7],), told, awaiting_kvs=True)
+    meta = metadata.reqs_to_recv["r"]
     worker = HandoffWorker.__new__(HandoffWorker)
     vars(worker).update(
         nixl_wrapper=Wire(),
@@ -79,18 +82,14 @@ def fetching_worker(lease_s):
         _recving_transfers={"r": [1]},
         _recv_failures=set(),
         _failed_recv_reqs=Queue(),
-        _leases=Leases(),
     )
-    now_s = time.monotonic()
-    worker._leases.begin("remote-r", now_s + lease_s, min(now_s, now_s + lease_s - 1))
     return worker, meta
 
 
-@pytest.mark.parametrize(("lease_s", "failed"), [(3600.0, set()), (-1.0, {"r"})])
+@pytest.mark.parametrize(("lease_s", "failed"), [(3600.0, set()), (-1.0, {"r"}), (None, {"r"})])
 def test_what_has_come_after_its_lease_is_a_failed_fetch(lease_s, failed):
     worker, _ = fetching_worker(lease_s)
     assert worker._pop_done_transfers(worker._recving_transfers) == ({"r"}, failed)
-    assert len(worker._leases) == 0
 
 
 def test_nothing_is_fetched_after_its_lease():

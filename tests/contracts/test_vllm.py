@@ -384,6 +384,14 @@ class TestConnector:
         source = inspect.getsource(connector.NixlPullConnector.__init__)
         assert "self.connector_worker = NixlPullConnectorWorker(" in source
 
+    def test_nobody_else_reads_the_end_of_a_lease_without_the_reverse_transfer(self):
+        from vllm.distributed.kv_transfer.kv_connector.v1.nixl import base_worker, pull_worker
+
+        source = inspect.getsource(pull_worker)
+        assert source.count("remote.blocks_expiry_time") == 1
+        assert "if self._bidirectional_kv_xfer_enabled and self._is_turn2_read_expired(meta)" in source
+        assert "blocks_expiry_time" not in inspect.getsource(base_worker)
+
     def test_a_step_starts_fetches_and_polls_through_what_we_override(self):
         from vllm.distributed.kv_transfer.kv_connector.v1.nixl.base_worker import NixlBaseConnectorWorker
         from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker import NixlPullConnectorWorker
