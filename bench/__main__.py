@@ -187,10 +187,7 @@ def overhead(
         for verdict in (judge(target, figures) for target in (SIMULATED_TARGETS if simulated else TARGETS)):
             console.print(verdict_line(verdict, needs_figure=not quick), soft_wrap=True)
             missed += not verdict.is_met and not (quick and verdict.ratio is None)
-    if not complete:
-        raise typer.Exit(INTERRUPTED)
-    if missed or report.start_failures:
-        raise typer.Exit(1)
+    _end(complete, missed or report.start_failures)
 
 
 @app.command()
@@ -263,10 +260,7 @@ def streams(
         write_streams_json(report, json_file)
     console.print(table(report))
     missed = _num_missed(console, STREAM_TARGETS, report) if check else 0
-    if not report.complete and not start_failed:
-        raise typer.Exit(INTERRUPTED)
-    if missed or start_failed:
-        raise typer.Exit(1)
+    _end(report.complete or start_failed, missed or start_failed)
 
 
 @app.command()
@@ -339,10 +333,7 @@ def overload(
     for error in report.live.errors if report.live else ():
         console.print(f"[red]failed:[/] {escape(error)}", soft_wrap=True)
     missed = _num_missed(console, targets(engine), report) if check else 0
-    if not report.complete and not start_failed:
-        raise typer.Exit(INTERRUPTED)
-    if missed or start_failed:
-        raise typer.Exit(1)
+    _end(report.complete or start_failed, missed or start_failed)
 
 
 @app.command()
@@ -391,10 +382,7 @@ def soak(
     console.print(table(report))
     console.print(escape(report.claim), soft_wrap=True)
     missed = _num_missed(console, targets(plan), report) if check else 0
-    if not complete:
-        raise typer.Exit(INTERRUPTED)
-    if missed or report.counts.bad:
-        raise typer.Exit(1)
+    _end(complete, missed or report.counts.bad)
 
 
 @app.command()
@@ -458,10 +446,7 @@ def faults(
             missed += not line.is_met
     if start_failed:
         raise typer.Exit(1)
-    if not complete:
-        raise typer.Exit(INTERRUPTED)
-    if missed:
-        raise typer.Exit(1)
+    _end(complete, missed)
 
 
 @app.command()
@@ -507,10 +492,7 @@ def rolling(
     for trouble in report.troubles:
         console.print(f"[red]{escape(str(trouble))}[/]", soft_wrap=True)
     missed = _num_missed(console, targets(plan, num_replicas(settings)), report) if check else 0
-    if not report.complete and not start_failed:
-        raise typer.Exit(INTERRUPTED)
-    if missed or start_failed:
-        raise typer.Exit(1)
+    _end(report.complete or start_failed, missed or start_failed)
 
 
 def _console() -> Console:
@@ -550,6 +532,14 @@ def _num_missed(console: Console, targets: Iterable[ReportTarget[R]], report: R)
         console.print(target.line(report), soft_wrap=True)
         missed += not target.is_met_by(report)
     return missed
+
+
+def _end(is_whole: bool, failed: object) -> None:
+    """The exit code of a command: INTERRUPTED before its end, 1 where something `failed`."""
+    if not is_whole:
+        raise typer.Exit(INTERRUPTED)
+    if failed:
+        raise typer.Exit(1)
 
 
 def _interrupt_once() -> None:

@@ -39,6 +39,7 @@ STATUS_TIMEOUT_S = 2.0
 POLL_S = 0.03
 LOOK_UP_S, LOOK_UP_SOON_S = 5.0, 0.3
 LOG_TAIL_BYTES = 200_000
+TIDY_TIMEOUT_S, TIDY_POLL_S = 20.0, 0.3
 COLD_START_TIMEOUT_S = 300.0
 
 
@@ -198,8 +199,14 @@ class Site:
             return "HAProxy does not answer"
         return not_tidy(self.processes(), self.size, self._usual_others)
 
-    def not_tidy_now(self) -> str:
-        return not_tidy(self.processes(), self.size, self._usual_others)
+    async def left_over(self) -> str:
+        """What there is too much or too little of when everything has had its time to end; empty if nothing."""
+
+        def now() -> str:
+            return not_tidy(self.processes(), self.size, self._usual_others)
+
+        await wait_for(lambda: not now(), TIDY_TIMEOUT_S, TIDY_POLL_S)
+        return now()
 
     # -- Serve
 

@@ -35,7 +35,7 @@ from bench.fault_report import (
     state_hit,
     whole_limit_s,
 )
-from bench.fault_site import LOOK_UP_S, POLL_S, Site, is_running, measure_cold_start_s, wait_for
+from bench.fault_site import LOOK_UP_S, POLL_S, Site, is_running, measure_cold_start_s
 from bench.fault_view import Views, held_by_gateway, in_flight, load_of, replicas_of, rise
 from gateway.settings import Settings
 
@@ -50,7 +50,6 @@ STOPPED_S = 10.0
 
 STOPPED_AT_MOST_S = 90.0
 WHOLE_TIMEOUT_S = 240.0
-TIDY_TIMEOUT_S = 20.0
 WELL_TIMEOUT_S = 30.0
 COLD_START_FILE = "cold-start.json"
 
@@ -380,7 +379,7 @@ class CaseRun:
             kv_all_wrong=kv_all_wrong,
             whole_s=whole_s,
             not_whole=not_whole,
-            left_over=await self._left_over() if whole_s is not None else "",
+            left_over=await site.left_over() if whole_s is not None else "",
         )
 
     def _continue(self, struck: Sequence[Struck]) -> float:
@@ -414,10 +413,6 @@ class CaseRun:
                     return None, "baton serve has ended"
             await asyncio.sleep(POLL_S * 5)
         return None, wrong
-
-    async def _left_over(self) -> str:
-        await wait_for(lambda: not self._site.not_tidy_now(), TIDY_TIMEOUT_S, POLL_S * 10)
-        return self._site.not_tidy_now()
 
     async def _receipts(self) -> dict[str, ReceiptFacts]:
         found: dict[str, ReceiptFacts] = {}

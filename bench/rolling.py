@@ -13,7 +13,7 @@ from bench import cpu
 from bench.fault_asks import Answer, Ask, End, LoopAsks
 from bench.fault_clients import Client, connections
 from bench.fault_report import KV_BACK_S, ReceiptFacts
-from bench.fault_site import Site, is_running, wait_for
+from bench.fault_site import Site, is_running
 from bench.results import Setting
 from bench.rolling_report import (
     DEPLOYMENTS,
@@ -39,7 +39,6 @@ RECEIPT_POLL_S = 0.3
 AFTER_FAILURE_S = 1.0
 LAST_ANSWERS_S = 60.0
 UNDISTURBED_AT_ONCE = 8
-TIDY_S = 20.0
 
 
 class Load:
@@ -148,7 +147,7 @@ class RollingUpdate:
             load.give_up()
         kv_back_s, kv_wrong = await site.until_empty(KV_BACK_S)
         site.let_go_of_serve()
-        left_over = await self._left_over() if whole_s is not None else ""
+        left_over = await site.left_over() if whole_s is not None else ""
         seen = Observed(began_s - clock_s, rollout.replaced(), whole_s, not_whole, kv_back_s, kv_wrong, left_over)
         asked = await load.asked()
         self.report = evaluate(plan, self._setting, asked, {}, seen, complete=False)
@@ -185,10 +184,6 @@ class RollingUpdate:
             if now_s - began_s > WHOLE_LIMIT_S:
                 return None, wrong or "not every replica was replaced"
             await asyncio.sleep(POLL_S)
-
-    async def _left_over(self) -> str:
-        await wait_for(lambda: not self._site.not_tidy_now(), TIDY_S, POLL_S)
-        return self._site.not_tidy_now()
 
     async def _undisturbed(self, http: httpx.AsyncClient, asks: list[Ask]) -> dict[str, Answer]:
         found: dict[str, Answer] = {}

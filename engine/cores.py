@@ -11,13 +11,10 @@ POLL_S = 0.2
 
 @dataclass(frozen=True)
 class Cores:
-    """A core set that is held for as long as this process lives, or until it is let go."""
+    """A core set that is held for as long as this process lives, or until `hold` is closed."""
 
     numbers: tuple[int, ...]
     hold: socket.socket
-
-    def let_go(self) -> None:
-        self.hold.close()
 
 
 async def take(pool: str, core_sets: Sequence[Sequence[int]], timeout_s: float) -> Cores:

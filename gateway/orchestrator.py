@@ -102,6 +102,11 @@ class Sequence:
         return self.history.attempt
 
     @property
+    def carried(self) -> "array[int]":
+        """What of the answer an attempt is given as the end of its prompt; the rest it writes anew."""
+        return self.written if self.request.resumable else self.written[:0]
+
+    @property
     def prefill_writes(self) -> bool:
         """Whether the token that ends a prefill is the answer's next one."""
         return self.request.resumable and self.group.num_choices == 1
@@ -307,12 +312,12 @@ class Orchestrator:
         if not self.cluster.pool(Phase.DECODE, ready_only=True):
             return False
         session = group.hints.session
-        written = sequence.written.tolist() if request.resumable else []
-        prompt_token_ids = request.prompt_token_ids + written
+        carried = sequence.carried
+        prompt_token_ids = request.prompt_token_ids + carried.tolist()
         view = RequestView(
             request_id=request.request_id,
             num_prompt_tokens=len(prompt_token_ids),
-            max_tokens=request.max_tokens - len(written),
+            max_tokens=request.max_tokens - len(carried),
             needs_whole_prompt=request.needs_whole_prompt,
             hints=group.hints,
             number=self._num_placed,
@@ -382,7 +387,7 @@ class Orchestrator:
                 self.cluster.queued(replica_id, engine_id)
                 attempt = sequence.attempt
                 attempt.handoff_blocks = handoff.num_blocks if handoff else 0
-                attempt.num_told_tokens = len(sequence.written) if sequence.request.resumable else 0
+                attempt.num_told_tokens = len(sequence.carried)
                 if handoff is not None:
                     self._unsent.add(handoff)
                 self._spawn(self._submit(sequence, replica_id, self._engine_request(sequence, Phase.DECODE, handoff)))
@@ -576,24 +581,23 @@ class Orchestrator:
     @staticmethod
     def _num_tokens(sequence: Sequence) -> int:
         """What the present attempt starts from."""
-        num_written = len(sequence.written) if sequence.request.resumable else 0
-        return len(sequence.request.prompt_token_ids) + num_written
+        return len(sequence.request.prompt_token_ids) + len(sequence.carried)
 
     @staticmethod
     def _engine_request(sequence: Sequence, phase: Phase, handoff: KVHandoff | None) -> EngineRequest:
         request = sequence.request
-        written = sequence.written.tolist() if request.resumable else []
+        carried = sequence.carried.tolist()
         samples = phase is Phase.DECODE or sequence.prefill_writes
         return EngineRequest(
             request_id=sequence.state.engine_request_id,
             phase=phase,
-            prompt_token_ids=request.prompt_token_ids + written,
-            max_tokens=request.max_tokens - len(written) if phase is Phase.DECODE else 1,
+            prompt_token_ids=request.prompt_token_ids + carried,
+            max_tokens=request.max_tokens - len(carried) if phase is Phase.DECODE else 1,
             sampling=request.sampling if samples else b"",
             handoff=handoff,
             cache_salt=request.cache_salt,
             priority=request.priority,
-            num_written_tokens=len(written),
+            num_written_tokens=len(carried),
         )
 
     async def _submit(self, sequence: Sequence, replica_id: str, request: EngineRequest) -> None:

@@ -15,7 +15,6 @@ SUFFIX = ".jsonl"
 MAX_WAITING = 10_000
 """Receipts that wait for the disk; further ones are left out and counted."""
 
-
 CLOSE_TIMEOUT_S = 2.0
 MAX_FILES = 64
 """In one folder. Each start of a gateway begins a file, and takes away those that were written to the longest ago."""
@@ -51,9 +50,13 @@ class ReceiptLog:
         self._writer.close()
 
 
+def _files(folder: Path) -> list[Path]:
+    return [*folder.glob(f"*{SUFFIX}"), *folder.glob(f"*{SUFFIX}.1")]
+
+
 def _make_room(folder: Path) -> None:
     by_age: list[tuple[float, Path]] = []
-    for file in (*folder.glob(f"*{SUFFIX}"), *folder.glob(f"*{SUFFIX}.1")):
+    for file in _files(folder):
         # Another gateway that starts may take the same one away.
         with contextlib.suppress(OSError):
             by_age.append((file.stat().st_mtime, file))
@@ -93,8 +96,7 @@ def files_in(paths: Iterable[Path]) -> list[Path]:
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            files = [*path.glob(f"*{SUFFIX}.1"), *path.glob(f"*{SUFFIX}")]
-            found += sorted(files, key=lambda file: (file.name.removesuffix(".1"), not file.name.endswith(".1")))
+            found += sorted(_files(path), key=lambda file: (file.name.removesuffix(".1"), not file.name.endswith(".1")))
         else:
             found.append(path)
     return found

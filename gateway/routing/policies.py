@@ -69,16 +69,18 @@ def place(policy: Policy, request: RequestView, snapshot: ClusterSnapshot, seed:
 # -- choosers
 
 
-def _lowest(
-    cost: Callable[[RequestView, Phase, ReplicaView], float],
-) -> Chooser:
+def _drawn(pool: Sequence[ReplicaView], scores: Mapping[str, float], best: float, rng: random.Random) -> ReplicaView:
+    """One of those that score best."""
+    return rng.choice([view for view in pool if scores[view.replica_id] == best])
+
+
+def _lowest(cost: Callable[[RequestView, Phase, ReplicaView], float]) -> Chooser:
     """The replica with the lowest cost; ties are drawn."""
 
     def choose(request: RequestView, phase: Phase, pool: Sequence[ReplicaView], rng: random.Random) -> Choice:
         costs = {view.replica_id: cost(request, phase, view) for view in pool}
         lowest = min(costs.values())
-        view = rng.choice([view for view in pool if costs[view.replica_id] == lowest])
-        return Choice(view, costs, f"{lowest:g}")
+        return Choice(_drawn(pool, costs, lowest, rng), costs, f"{lowest:g}")
 
     return choose
 
@@ -138,8 +140,7 @@ def _llm_d(request: RequestView, phase: Phase, pool: Sequence[ReplicaView], rng:
 
     scores = {view.replica_id: score(view) for view in candidates}
     highest = max(scores.values())
-    view = rng.choice([view for view in candidates if scores[view.replica_id] == highest])
-    return Choice(view, scores, f"{highest:.3g}")
+    return Choice(_drawn(candidates, scores, highest, rng), scores, f"{highest:.3g}")
 
 
 def _affine(request: RequestView, pool: Sequence[ReplicaView]) -> Sequence[ReplicaView]:

@@ -31,7 +31,7 @@ async def test_each_replica_has_cores_of_its_own(pool: str) -> None:
     other_pool = await take(pool + " other", SETS, PATIENCE_S)
     assert other_pool.numbers == (0, 1)
     for cores in (first, second, other_pool):
-        cores.let_go()
+        cores.hold.close()
 
 
 @pytest.mark.parametrize("leaves", [0, 1])
@@ -40,18 +40,18 @@ async def test_who_comes_while_another_leaves_waits_for_its_cores(pool: str, lea
     coming = asyncio.create_task(take(pool, SETS, PATIENCE_S))
     await asyncio.sleep(0)
     assert not coming.done()
-    there[leaves].let_go()
+    there[leaves].hold.close()
     cores = await coming
     assert cores.numbers == there[leaves].numbers
     for one in (there[1 - leaves], cores):
-        one.let_go()
+        one.hold.close()
 
 
 async def test_cores_that_nobody_gives_back_are_an_error_that_says_what_to_do(pool: str) -> None:
     held: list[Cores] = [await take(pool, SETS[:1], PATIENCE_S)]
     with pytest.raises(TimeoutError, match="give the pool a core set for each replica"):
         await take(pool, SETS[:1], 0.01)
-    held[0].let_go()
+    held[0].hold.close()
 
 
 async def test_a_process_that_is_killed_gives_its_cores_back(pool: str) -> None:
@@ -64,5 +64,5 @@ async def test_a_process_that_is_killed_gives_its_cores_back(pool: str) -> None:
     await process.communicate()
     first = await take(pool, SETS, PATIENCE_S)
     assert first.numbers == (0, 1)
-    first.let_go()
-    second.let_go()
+    first.hold.close()
+    second.hold.close()
