@@ -62,7 +62,7 @@ class Ledger:
 
 
 class Pace:
-    """How long an engine's last step took, and how fast it reads prompts.
+    """How long an engine's last step took, how many tokens of prompts it read, and how fast the engine reads prompts.
 
     The prefill rate is the prompt tokens of the last PACE_STEPS steps that read prompts, divided by the time those
     steps took. Requests that decode in the same steps slow it down: it is what prefill gets, not what it could get.
@@ -70,11 +70,12 @@ class Pace:
 
     def __init__(self) -> None:
         self.step_duration_s = 0.0
+        self.step_prefill_tokens = 0
         self._steps: deque[tuple[int, float]] = deque(maxlen=PACE_STEPS)
 
     def stepped(self, duration_s: float, num_prefill_tokens: int) -> None:
         """`num_prefill_tokens` is 0 for a step in which no request computed more than one token of its prompt."""
-        self.step_duration_s = duration_s
+        self.step_duration_s, self.step_prefill_tokens = duration_s, num_prefill_tokens
         if num_prefill_tokens:
             self._steps.append((num_prefill_tokens, duration_s))
 

@@ -580,6 +580,7 @@ class SimulatedEngine:
             num_kv_blocks_free=self._config.num_kv_blocks - self._pool.num_used,
             step_duration_s=self._pace.step_duration_s,
             prefill_tokens_per_s=self._pace.prefill_tokens_per_s,
+            step_prefill_tokens=self._pace.step_prefill_tokens,
             kv_bytes_received_total=self._num_bytes_received,
             kv_transfers_total=self._num_transfers,
             kv_transfer_failures_total=self._num_transfer_failures,

@@ -361,6 +361,7 @@ class VllmEngine:
             num_running_tokens=self._ledger.num_running_tokens,
             step_duration_s=self._steps.pace.step_duration_s,
             prefill_tokens_per_s=self._steps.pace.prefill_tokens_per_s,
+            step_prefill_tokens=self._steps.pace.step_prefill_tokens,
             kv_event_gaps_total=self._events.num_gaps,
             prompt_tokens_computed_total=self._load.prompt_tokens_computed_total + computed,
         )

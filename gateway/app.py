@@ -203,6 +203,8 @@ def engine_spec(settings: Settings, phase: Phase) -> EngineSpec:
         "tensor_parallel_size": engine.tensor_parallel_size,
         "pipeline_parallel_size": engine.pipeline_parallel_size,
         "enforce_eager": engine.enforce_eager,
+        # By `gateway.routing.order`.
+        "scheduling_policy": "priority",
     }
     optional = {
         "max_model_len": settings.model.max_model_len,

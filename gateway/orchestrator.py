@@ -28,7 +28,9 @@ from gateway.lifecycle import SequenceState, Stage
 from gateway.membership import Loss, Membership, MembershipConfig
 from gateway.outcome import Attempt, GroupTimes, History, blocks_moved, facts_for_client, outcome
 from gateway.routing.admission import AdmissionConfig, admit
+from gateway.routing.order import rank_ms
 from gateway.routing.policies import Policy, place
+from gateway.routing.predict import predict
 from gateway.routing.receipts import Decision, Outcome, Receipt, ReceiptStore
 from gateway.routing.types import Cause, ClusterSnapshot, Hints, Placement, Rejection, RequestView
 from gateway.transport import ReplicaGoneError, WorkerTransport
@@ -66,7 +68,6 @@ class SequenceRequest:
     max_tokens: int
     sampling: bytes
     cache_salt: str | None = None
-    priority: int = 0
     needs_whole_prompt: bool = False
     resumable: bool = False
 
@@ -80,6 +81,7 @@ class Group:
     received_s: float
     hints: Hints = field(default_factory=Hints)
     decide_s: float = 0.0
+    rank_ms: int = 0
     placement: Placement | None = None
     receipt: Receipt | None = None
     leader_started: bool = False
@@ -88,12 +90,14 @@ class Group:
 
 @dataclass
 class Sequence:
-    """The mutable record around one sequence's immutable state. `written` is what the client has of the answer."""
+    """The mutable record around one sequence's immutable state. `read_s` is how long its prompt will be read, as
+    predicted at its last placement. `written` is what the client has of the answer."""
 
     request: SequenceRequest
     group: Group
     state: SequenceState
     history: History
+    read_s: float = 0.0
     written: "array[int]" = field(default_factory=lambda: array("I"))
     deadline: asyncio.TimerHandle | None = None
 
@@ -226,6 +230,8 @@ class Orchestrator:
             resumable=request.resumable,
         )
         sequence = Sequence(request, group, state, History(len(request.prompt_token_ids), arrived_s))
+        if state.leads and group.receipt is not None and group.receipt.predicted is not None:
+            sequence.read_s = group.receipt.predicted.read_s
         group.sequences.append(sequence)
         self._sequences[request.request_id] = self._by_engine_id[request.request_id] = sequence
         self.cluster.sent(state.decode, request.request_id, len(request.prompt_token_ids))
@@ -279,6 +285,8 @@ class Orchestrator:
         if isinstance(admission, Rejection):
             raise PlacementRejected(admission)
         self._sessions.placed(session, placement)
+        prediction = predict(view, placement, snapshot)
+        group.rank_ms = rank_ms(view, self._wall_clock() - view.waited_s, prediction.read_s)
         group.placement = placement
         group.receipt = Receipt(
             group.receipt_id,
@@ -292,6 +300,7 @@ class Orchestrator:
             admission=admission,
             admission_config=self._config.admission,
             shadow=self._shadow_placement(view, snapshot, seed),
+            predicted=prediction,
         )
         self.receipts.put(group.receipt)
 
@@ -331,6 +340,7 @@ class Orchestrator:
                 self._num_placed += 1
                 if sequence.state.leads:
                     self._sessions.placed(session, placement)
+                sequence.read_s = predict(view, placement, snapshot).read_s
                 self._note(group, Decision(request.request_id, seed, view, snapshot, placement))
                 del self._displaced[request.request_id]
                 _cancel_deadline(sequence)
@@ -378,13 +388,13 @@ class Orchestrator:
         engine_id = sequence.state.engine_request_id
         match action:
             case lifecycle.SubmitPrefill(replica_id):
-                self.cluster.sent(replica_id, engine_id, self._num_tokens(sequence))
+                self.cluster.sent(replica_id, engine_id, self._num_tokens(sequence), sequence.read_s)
                 self._set_deadline(sequence, self._config.handoff_timeout_s, self._advance, lifecycle.Deadline())
                 self._spawn(self._submit(sequence, replica_id, self._engine_request(sequence, Phase.PREFILL, None)))
             case lifecycle.SubmitDecode(replica_id, handoff):
                 if sequence.state.prefill is not None:
                     self.cluster.ended(sequence.state.prefill, engine_id)
-                self.cluster.queued(replica_id, engine_id)
+                self.cluster.queued(replica_id, engine_id, 0.0 if handoff else sequence.read_s)
                 attempt = sequence.attempt
                 attempt.handoff_blocks = handoff.num_blocks if handoff else 0
                 attempt.num_told_tokens = len(sequence.carried)
@@ -436,6 +446,8 @@ class Orchestrator:
         if all(s.state.stage is Stage.DONE for s in group.sequences):
             assert group.receipt is not None
             receipt = dataclasses.replace(group.receipt, outcome=self._outcome(group))
+            if receipt.outcome.status == "finished":
+                self.cluster.answered(receipt.outcome.output_tokens // len(group.sequences))
             self.receipts.put(receipt)
             self._on_closed(receipt)
         self._membership.let_go_of_leavers()
@@ -596,7 +608,7 @@ class Orchestrator:
             sampling=request.sampling if samples else b"",
             handoff=handoff,
             cache_salt=request.cache_salt,
-            priority=request.priority,
+            priority=sequence.group.rank_ms,
             num_written_tokens=len(carried),
         )
 

@@ -176,7 +176,7 @@ class AdmissionSettings(Section):
         return self
 
 
-PolicyName = Literal["least-tokens", "round-robin", "session-affinity", "dynamo", "llm-d"]
+PolicyName = Literal["baton", "least-tokens", "round-robin", "session-affinity", "dynamo", "llm-d"]
 
 
 class RoutingSettings(Section):

@@ -9,11 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from engine.protocol import Phase
-from gateway.routing.types import Cause, ClusterSnapshot, Placement, Rejection, ReplicaView, RequestView
+from gateway.routing.joint import Joint
+from gateway.routing.types import NO_DECODE, ClusterSnapshot, Placement, Rejection, ReplicaView, RequestView
 
 Policy = Callable[[RequestView, ClusterSnapshot, random.Random], Placement | Rejection]
-
-NO_DECODE_RETRY_AFTER_S = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +24,19 @@ class Choice:
     figure: str
 
 
-Chooser = Callable[[RequestView, Phase, Sequence[ReplicaView], random.Random], Choice]
-"""From a request, the pool's phase and its replicas (at least one)."""
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """The replicas of one phase, at least one, and how much of the request's prompt each has cached."""
+
+    phase: Phase
+    views: Sequence[ReplicaView]
+    cached_tokens: Mapping[str, int]
+
+    def cached(self, view: ReplicaView) -> int:
+        return self.cached_tokens.get(view.replica_id, 0)
+
+
+Chooser = Callable[[RequestView, Pool, random.Random], Choice]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +53,11 @@ class Split:
 
     def __call__(self, request: RequestView, snapshot: ClusterSnapshot, rng: random.Random) -> Placement | Rejection:
         if not snapshot.decode:
-            return Rejection(503, "no decode replica is available", NO_DECODE_RETRY_AFTER_S, Cause.NO_DECODE)
-        decode = self.choose(request, Phase.DECODE, snapshot.decode, rng)
+            return NO_DECODE
+        cached = snapshot.cached_tokens
+        decode = self.choose(request, Pool(Phase.DECODE, snapshot.decode, cached), rng)
         # What prefill replicas score is in the receipt also where none is needed.
-        prefill = self.choose(request, Phase.PREFILL, snapshot.prefill, rng) if snapshot.prefill else None
+        prefill = self.choose(request, Pool(Phase.PREFILL, snapshot.prefill, cached), rng) if snapshot.prefill else None
         scores = {**(prefill.scores if prefill else {}), **decode.scores}
         if request.needs_whole_prompt:
             reason = "decode reads the prompt itself: prompt logprobs need it whole on the engine that answers"
@@ -69,48 +80,48 @@ def place(policy: Policy, request: RequestView, snapshot: ClusterSnapshot, seed:
 # -- choosers
 
 
-def _drawn(pool: Sequence[ReplicaView], scores: Mapping[str, float], best: float, rng: random.Random) -> ReplicaView:
+def _drawn(views: Sequence[ReplicaView], scores: Mapping[str, float], best: float, rng: random.Random) -> ReplicaView:
     """One of those that score best."""
-    return rng.choice([view for view in pool if scores[view.replica_id] == best])
+    return rng.choice([view for view in views if scores[view.replica_id] == best])
 
 
-def _lowest(cost: Callable[[RequestView, Phase, ReplicaView], float]) -> Chooser:
+def _lowest(cost: Callable[[RequestView, Pool, ReplicaView], float]) -> Chooser:
     """The replica with the lowest cost; ties are drawn."""
 
-    def choose(request: RequestView, phase: Phase, pool: Sequence[ReplicaView], rng: random.Random) -> Choice:
-        costs = {view.replica_id: cost(request, phase, view) for view in pool}
+    def choose(request: RequestView, pool: Pool, rng: random.Random) -> Choice:
+        costs = {view.replica_id: cost(request, pool, view) for view in pool.views}
         lowest = min(costs.values())
-        return Choice(_drawn(pool, costs, lowest, rng), costs, f"{lowest:g}")
+        return Choice(_drawn(pool.views, costs, lowest, rng), costs, f"{lowest:g}")
 
     return choose
 
 
-def _tokens_in_flight(request: RequestView, phase: Phase, view: ReplicaView) -> float:
+def _tokens_in_flight(request: RequestView, pool: Pool, view: ReplicaView) -> float:
     return float(view.in_flight_tokens)
 
 
-def _in_turn(request: RequestView, phase: Phase, pool: Sequence[ReplicaView], rng: random.Random) -> Choice:
-    return Choice(pool[request.number % len(pool)], {}, f"number {request.number}")
+def _in_turn(request: RequestView, pool: Pool, rng: random.Random) -> Choice:
+    return Choice(pool.views[request.number % len(pool.views)], {}, f"number {request.number}")
 
 
-def _as_before(request: RequestView, phase: Phase, pool: Sequence[ReplicaView], rng: random.Random) -> Choice:
+def _as_before(request: RequestView, pool: Pool, rng: random.Random) -> Choice:
     """Where the session's last turn went, if that replica is there; else in turn."""
     session = request.session
-    before = None if session is None else session.prefill if phase is Phase.PREFILL else session.decode
-    for view in pool:
+    before = None if session is None else session.prefill if pool.phase is Phase.PREFILL else session.decode
+    for view in pool.views:
         if view.replica_id == before:
             return Choice(view, {}, "the session")
-    return _in_turn(request, phase, pool, rng)
+    return _in_turn(request, pool, rng)
 
 
-def _dynamo_cost(request: RequestView, phase: Phase, view: ReplicaView) -> float:
+def _dynamo_cost(request: RequestView, pool: Pool, view: ReplicaView) -> float:
     """In blocks: prefill that is waiting and this prompt's, less what is cached, and the blocks that are in flight.
 
     NVIDIA Dynamo's KV router as published: `prefill_load_scale * max(active_prefill + prompt - overlap_credit, 0) +
     decode_blocks` with scale 1, credit 1.0 and temperature 0; in the decode pool of a split the credit is 0.
     """
     block_size_tokens = max(view.block_size_tokens, 1)
-    credit_tokens = view.cached_tokens if phase is Phase.PREFILL else 0
+    credit_tokens = pool.cached(view) if pool.phase is Phase.PREFILL else 0
     prefill_tokens = max(view.queued_tokens + request.num_prompt_tokens - credit_tokens, 0)
     return (prefill_tokens + view.in_flight_tokens) / block_size_tokens
 
@@ -122,7 +133,7 @@ LLM_D_MAX_PENALTY_S = 5.0
 """More predicted time to the first token than elsewhere, for which that affinity is given up."""
 
 
-def _llm_d(request: RequestView, phase: Phase, pool: Sequence[ReplicaView], rng: random.Random) -> Choice:
+def _llm_d(request: RequestView, pool: Pool, rng: random.Random) -> Choice:
     """The highest sum of llm-d's weighted scorers, each in [0, 1]: short queue, free KV cache, cached prefix.
 
     As published: weights 2, 2 and 3, max-score picker, behind an affinity filter of 0.80 that gives way when the time
@@ -135,7 +146,7 @@ def _llm_d(request: RequestView, phase: Phase, pool: Sequence[ReplicaView], rng:
     def score(view: ReplicaView) -> float:
         queue = (longest - view.in_flight_requests) / spread if spread else 1.0
         kv_used = view.num_kv_blocks_used / view.num_kv_blocks if view.num_kv_blocks else 0.0
-        prefix = view.cached_tokens / max(request.num_prompt_tokens, 1)
+        prefix = pool.cached(view) / max(request.num_prompt_tokens, 1)
         return LLM_D_QUEUE_WEIGHT * queue + LLM_D_KV_WEIGHT * (1 - kv_used) + LLM_D_PREFIX_WEIGHT * prefix
 
     scores = {view.replica_id: score(view) for view in candidates}
@@ -143,19 +154,20 @@ def _llm_d(request: RequestView, phase: Phase, pool: Sequence[ReplicaView], rng:
     return Choice(_drawn(candidates, scores, highest, rng), scores, f"{highest:.3g}")
 
 
-def _affine(request: RequestView, pool: Sequence[ReplicaView]) -> Sequence[ReplicaView]:
+def _affine(request: RequestView, pool: Pool) -> Sequence[ReplicaView]:
     """Those that have most of the prompt cached, unless the first token would come too late there."""
     needed_tokens = LLM_D_AFFINE_SHARE * request.num_prompt_tokens
-    affine = [view for view in pool if view.cached_tokens >= needed_tokens]
+    affine = [view for view in pool.views if pool.cached(view) >= needed_tokens]
     if not affine:
-        return pool
-    penalty_s = min(_wait_s(request, view) for view in affine) - min(_wait_s(request, view) for view in pool)
-    return pool if penalty_s > LLM_D_MAX_PENALTY_S else affine
+        return pool.views
+    shortest_s = min(_wait_s(request, pool, view) for view in pool.views)
+    penalty_s = min(_wait_s(request, pool, view) for view in affine) - shortest_s
+    return pool.views if penalty_s > LLM_D_MAX_PENALTY_S else affine
 
 
-def _wait_s(request: RequestView, view: ReplicaView) -> float:
+def _wait_s(request: RequestView, pool: Pool, view: ReplicaView) -> float:
     """Until a replica has read what is queued and this prompt; 0 while its rate is unknown."""
-    tokens = view.queued_tokens * view.computed_share + request.num_prompt_tokens - view.cached_tokens
+    tokens = view.queued_tokens * view.computed_share + request.num_prompt_tokens - pool.cached(view)
     return tokens / view.prefill_tokens_per_s if view.prefill_tokens_per_s > 0 else 0.0
 
 
@@ -169,6 +181,7 @@ POLICIES: Mapping[str, Policy] = {
         Split("session-affinity", "where the session was before, or in turn", _as_before),
         Split("dynamo", "lowest cost in blocks", _lowest(_dynamo_cost)),
         Split("llm-d", "highest weighted score", _llm_d),
+        Joint(),
     )
 }
 """By the name that the configuration and receipts give them."""

@@ -1,11 +1,13 @@
 """Owns receipts: the record of each placement's inputs, choice and outcome, the last N in memory."""
 
-import dataclasses
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from gateway.routing.admission import AdmissionConfig, Admitted
+from gateway.routing.predict import Prediction
 from gateway.routing.types import ClusterSnapshot, Placement, RequestView
 
 
@@ -72,7 +74,7 @@ class Receipt:
     """One placement, replayable: `place(policy, request, snapshot, seed)` gives `placement` again, and
     `admit(request, placement, snapshot, admission_config)` gives `admission`. `later` are the placements that faults
     have made necessary. `shadow` is what the shadow policy would have decided from the same inputs; None if there is no
-    such policy, or it decided on nothing."""
+    such policy, or it decided on nothing. `predicted` is to be held against `outcome`."""
 
     request_id: str
     created_s: float
@@ -86,9 +88,10 @@ class Receipt:
     admission_config: AdmissionConfig | None = None
     later: tuple[Decision, ...] = ()
     shadow: Placement | None = None
+    predicted: Prediction | None = None
 
     def as_json(self) -> dict[str, Any]:
-        data = dataclasses.asdict(self)
+        data = msgspec.to_builtins(self)
         data["reason"] = self.placement.reason
         data["scores"] = self.placement.scores
         return data

@@ -22,7 +22,7 @@ class Work:
 
     def plus(self, request: RequestView, snapshot: ClusterSnapshot, placement: Placement) -> "Work":
         reader = placement.prefill or placement.decode
-        cached = next((v.cached_tokens for v in (*snapshot.prefill, *snapshot.decode) if v.replica_id == reader), 0)
+        cached = snapshot.cached(reader)
         # An engine computes a prompt's last token in any case.
         reused = min(cached, max(request.num_prompt_tokens - 1, 0))
         return Work(

@@ -1,7 +1,12 @@
 """Owns the values a placement is decided from and the values it results in. Pure, frozen, serializable."""
 
 import enum
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+
+import msgspec
+
+from gateway.routing.costs import Costs
 
 
 class Priority(enum.StrEnum):
@@ -43,8 +48,7 @@ class SessionView:
     decode: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class ReplicaView:
+class ReplicaView(msgspec.Struct, frozen=True):
     """One engine as the router sees it at the moment of a decision.
 
     What is in flight is of all gateways: this one's own, counted when sent, and the others', as the engine's worker
@@ -52,8 +56,8 @@ class ReplicaView:
     sent there and have no token yet. The rest is measured, and 0 until it was: `prefill_tokens_per_s`, of the tokens
     that are computed; `computed_share` of the prompts read there lately, the rest was cached; `slot_s`, how long a
     request has held one of the `max_num_seqs` (0: unknown) lately. `num_kv_blocks` hold `block_size_tokens` each.
-    `cached_tokens` is how much of the request's prompt, from its beginning, the replica has in its cache, as its engine
-    reports; 0 where there is no request.
+    `read_until_s`: when it will have read the prompts that wait there, as predicted, on the clock of
+    `ClusterSnapshot.now_s`. `promised_tokens`: of sessions that are expected to come back to what it has cached.
     """
 
     replica_id: str
@@ -67,17 +71,22 @@ class ReplicaView:
     slot_s: float = 0.0
     max_num_seqs: int = 0
     block_size_tokens: int = 0
-    cached_tokens: int = 0
+    read_until_s: float = 0.0
+    promised_tokens: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class ClusterSnapshot:
     """The replicas that may be chosen, each pool in the order of its ids. `expects_prefill`: there should be prefill
-    replicas, by the configuration."""
+    replicas, by the configuration. `cached_tokens` is how much of the request's prompt, from its beginning, each
+    replica has in its cache, as its engine reports; who has none is left out. `now_s` is the gateway's clock."""
 
     prefill: tuple[ReplicaView, ...]
     decode: tuple[ReplicaView, ...]
     expects_prefill: bool = False
+    cached_tokens: Mapping[str, int] = field(default_factory=dict[str, int])
+    costs: Costs = field(default_factory=Costs)
+    now_s: float = 0.0
 
     def without(self, replica_ids: frozenset[str]) -> "ClusterSnapshot":
         return replace(
@@ -85,6 +94,10 @@ class ClusterSnapshot:
             prefill=tuple(view for view in self.prefill if view.replica_id not in replica_ids),
             decode=tuple(view for view in self.decode if view.replica_id not in replica_ids),
         )
+
+    def cached(self, replica_id: str | None) -> int:
+        """Tokens of the request's prompt that a replica has cached."""
+        return self.cached_tokens.get(replica_id or "", 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +117,25 @@ class RequestView:
     waited_s: float = 0.0
     number: int = 0
     session: SessionView | None = None
+
+    def expected_output_tokens(self, usual: float) -> float:
+        """How long the answer will be, as far as is known: as the client says, or as it is usual for the session, or
+        for all (`usual`)."""
+        return min(usual, self.max_tokens)
+
+    @property
+    def urgency(self) -> Priority:
+        return self.hints.priority
+
+    @property
+    def deadline_s(self) -> float | None:
+        """When the first token is of no use any more, counted from the HTTP request's arrival; None: nobody says."""
+        return self.hints.ttft_deadline_s
+
+    @property
+    def attained_s(self) -> float:
+        """Engine time that the request's trajectory has had."""
+        return 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,3 +159,6 @@ class Rejection:
     reason: str
     retry_after_s: int
     cause: Cause = Cause.OTHER
+
+
+NO_DECODE = Rejection(503, "no decode replica is available", retry_after_s=5, cause=Cause.NO_DECODE)

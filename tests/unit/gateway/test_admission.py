@@ -1,15 +1,15 @@
 """Admission: what is predicted, who is refused first, and what a refusal says."""
 
 import itertools
-import json
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace as with_fields
 
 from gateway.routing.admission import AdmissionConfig, Admitted, admit
 from gateway.routing.types import (
@@ -40,7 +40,7 @@ def decided(
     priority: Priority = Priority.NORMAL,
     **request: Any,
 ) -> Admitted | Rejection:
-    snapshot = ClusterSnapshot((replace(PREFILL, **prefill or {}),), (replace(DECODE, **decode or {}),))
+    snapshot = ClusterSnapshot((with_fields(PREFILL, **prefill or {}),), (with_fields(DECODE, **decode or {}),))
     return admit(replace(REQUEST, hints=Hints(priority, deadline_s), **request), placement, snapshot, config)
 
 
@@ -221,7 +221,7 @@ configs = st.builds(
 def test_whatever_refuses_a_class_refuses_every_lower_one_with_the_same_deadline(
     prefill: ReplicaView, decode: ReplicaView, is_local: bool, request: RequestView, config: AdmissionConfig
 ) -> None:
-    snapshot = ClusterSnapshot((replace(prefill, replica_id="p"),), (replace(decode, replica_id="d"),))
+    snapshot = ClusterSnapshot((with_fields(prefill, replica_id="p"),), (with_fields(decode, replica_id="d"),))
 
     def is_refused(priority: Priority) -> bool:
         hints = replace(request.hints, priority=priority)
@@ -239,9 +239,9 @@ def test_a_decision_is_a_function_of_what_a_receipt_keeps_and_is_typed(
     prefill: ReplicaView, decode: ReplicaView, is_local: bool, request: RequestView, config: AdmissionConfig
 ) -> None:
     placement = LOCAL if is_local else SPLIT
-    snapshot = ClusterSnapshot((replace(prefill, replica_id="p"),), (replace(decode, replica_id="d"),))
+    snapshot = ClusterSnapshot((with_fields(prefill, replica_id="p"),), (with_fields(decode, replica_id="d"),))
     first = admit(request, placement, snapshot, config)
-    kept = json.loads(json.dumps([asdict(request), asdict(snapshot), asdict(config)]))
+    kept = msgspec.json.decode(msgspec.json.encode([request, snapshot, config]))
     again = admit(
         msgspec.convert(kept[0], RequestView),
         placement,
@@ -261,8 +261,9 @@ def test_a_decision_is_a_function_of_what_a_receipt_keeps_and_is_typed(
 def test_no_one_is_taken_because_more_waits(
     prefill: ReplicaView, decode: ReplicaView, request: RequestView, config: AdmissionConfig, more: int
 ) -> None:
-    before = replace(prefill, replica_id="p")
-    after = replace(before, queued_tokens=before.queued_tokens + more, in_flight_requests=before.in_flight_requests + 1)
-    decodes = (replace(decode, replica_id="d"),)
+    before = with_fields(prefill, replica_id="p")
+    num_requests = before.in_flight_requests + 1
+    after = with_fields(before, queued_tokens=before.queued_tokens + more, in_flight_requests=num_requests)
+    decodes = (with_fields(decode, replica_id="d"),)
     if isinstance(admit(request, SPLIT, ClusterSnapshot((before,), decodes), config), Rejection):
         assert isinstance(admit(request, SPLIT, ClusterSnapshot((after,), decodes), config), Rejection)

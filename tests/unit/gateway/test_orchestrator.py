@@ -51,9 +51,9 @@ def test_the_receipt_predicts_what_the_engines_reuse(session: str | None) -> Non
                 )
                 answer = await rig.finished(request_id)
                 receipt = rig.receipt(f"t{turn}")
-                (prefill,), (decode,) = receipt.snapshot.prefill, receipt.snapshot.decode
-                assert receipt.outcome.reused_tokens == min(prefill.cached_tokens, len(prompt) - 1)
-                assert (decode.cached_tokens > 0) is (turn > 0)
+                placement, snapshot = receipt.placement, receipt.snapshot
+                assert receipt.outcome.reused_tokens == min(snapshot.cached(placement.prefill), len(prompt) - 1)
+                assert (snapshot.cached(placement.decode) > 0) is (turn > 0)
                 assert receipt.request.number == turn
                 assert (receipt.request.session is None) is (session is None)
                 prompt = prompt + answer.token_ids + OTHER_PROMPT[:BLOCK]
@@ -166,11 +166,12 @@ def test_many_requests_at_once_are_each_answered_right() -> None:
 def test_the_engines_get_what_their_phase_needs() -> None:
     async def main() -> None:
         async with Rig() as rig:
-            request_id = rig.add(PROMPT, 6, cache_salt="tenant", priority=3)
+            request_id = rig.add(PROMPT, 6, cache_salt="tenant")
             await rig.finished(request_id)
             (prefill,) = rig.transport.sent_to("prefill-0", request_id)
             (decode,) = rig.transport.sent_to("decode-0", request_id)
-            common = {"prompt_token_ids": PROMPT, "cache_salt": "tenant", "priority": 3}
+            common = {"prompt_token_ids": PROMPT, "cache_salt": "tenant", "priority": prefill.priority}
+            assert prefill.priority > 0, "it has a rank, the same in both phases"
             assert prefill == EngineRequest(request_id, Phase.PREFILL, max_tokens=1, **common)
             assert decode.handoff is not None
             assert decode.handoff.source_request_id == request_id

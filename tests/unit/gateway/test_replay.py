@@ -15,8 +15,9 @@ from gateway.routing.types import ClusterSnapshot, Hints, Placement, Priority, R
 
 REQUEST = RequestView("r", 100, 10, hints=Hints(Priority.LOW, 1.5, "s"), session=SessionView(1, "p1", "d0"))
 SNAPSHOT = ClusterSnapshot(
-    prefill=(ReplicaView("p0", 0, 5, 64, 0), ReplicaView("p1", 2, 90, 64, 3, cached_tokens=96)),
+    prefill=(ReplicaView("p0", 0, 5, 64, 0), ReplicaView("p1", 2, 90, 64, 3)),
     decode=(ReplicaView("d0", 1, 50, 64, 0), ReplicaView("d1", 1, 50, 64, 0)),
+    cached_tokens={"p1": 96},
 )
 
 

@@ -1,0 +1,202 @@
+"""Owns the policy `baton`: prefill and decode are chosen together, by the predicted seconds they cost everyone. Pure.
+
+A placement costs, in seconds of all requests' time:
+
+- the read: until the prompts before it are read, and its own uncached rest. Who is delayed: itself, and those that come
+  while the reading replica is busy; by Little's law these are about as many as are there now.
+- the hand-off of the blocks that decode does not have, or, where decode reads the prompt itself, none; but every answer
+  that is being written there then pauses for as long.
+- the answer: its steps, each of which grows by what this request adds to it, for everyone in the batch. Of two answers
+  of unknown length, the time that both are written is half of one, on average.
+- what it displaces: where the sessions that are expected back would not fit beside it any more, what is lost is to be
+  read again.
+
+All but the read depends on decode only, and the read on prefill only, so the best pair is the best of each pool: the
+work grows with the sum of the pools, not with their product. Whether splitting pays falls out: decode reads the prompt
+itself where that costs less than the best pair.
+
+Of each pool only the least loaded replicas and those with the most of the prompt cached are scored.
+"""
+
+import heapq
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from gateway.routing.costs import ReadCost
+from gateway.routing.types import (
+    NO_DECODE,
+    ClusterSnapshot,
+    Placement,
+    Rejection,
+    ReplicaView,
+    RequestView,
+)
+
+NAME = "baton"
+
+CANDIDATES = 8
+"""How many of a pool's least loaded replicas are scored, and how many of those that have the most cached."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What one replica's part of a placement costs, in seconds. `own_s` is this request's, until its part is done;
+    `others_s` the other requests', `lost_s` what has to be read again because its blocks are displaced."""
+
+    replica_id: str
+    own_s: float
+    others_s: float
+    lost_s: float
+
+    @property
+    def total_s(self) -> float:
+        return self.own_s + self.others_s + self.lost_s
+
+
+@dataclass(frozen=True, slots=True)
+class Joint:
+    """The policy. Its parts can be left out, to see what each is worth."""
+
+    conditional_split: bool = True
+    joint: bool = True
+    affinity: bool = True
+    keeps_promised: bool = True
+    name: str = NAME
+
+    def __call__(self, request: RequestView, snapshot: ClusterSnapshot, rng: random.Random) -> Placement | Rejection:
+        if not snapshot.decode:
+            return NO_DECODE
+        return _Decision(self, request, snapshot, rng).placement()
+
+
+class _Decision:
+    """One placement."""
+
+    def __init__(self, policy: Joint, request: RequestView, snapshot: ClusterSnapshot, rng: random.Random) -> None:
+        self._policy = policy
+        self._request = request
+        self._snapshot = snapshot
+        self._rng = rng
+        self._output_tokens = min(request.expected_output_tokens(snapshot.costs.output_tokens), request.max_tokens)
+        self._output_tokens *= request.num_choices
+
+    def placement(self) -> Placement:
+        request, snapshot, policy = self._request, self._snapshot, self._policy
+        decodes = self._candidates(snapshot.decode, lambda view: view.in_flight_tokens)
+        if not policy.joint:
+            decodes = [min(snapshot.decode, key=lambda view: view.in_flight_tokens)]
+        written = {view.replica_id: self._writing(view) for view in decodes}
+        local = [self._reading_itself(view, written[view.replica_id]) for view in decodes]
+        scores = {f"{cost.replica_id} alone": cost.total_s for cost in local}
+        alone = self._lowest(local)
+        if request.needs_whole_prompt:
+            reason = "decode reads the prompt itself: prompt logprobs need it whole on the engine that answers"
+            return Placement(None, alone.replica_id, policy.name, reason, scores)
+        if not snapshot.prefill:
+            reason = f"decode reads the prompt itself: no prefill replica is available; {_words(alone)}"
+            degraded = snapshot.expects_prefill
+            return Placement(None, alone.replica_id, policy.name, reason, scores, degraded=degraded)
+        prefills = self._candidates(snapshot.prefill, lambda view: view.read_until_s)
+        read = self._lowest([self._reading(view) for view in prefills], scores)
+        fetched = self._lowest([self._fetching(view, written[view.replica_id]) for view in decodes], scores)
+        split_s = read.total_s + fetched.total_s
+        if policy.conditional_split and alone.total_s < split_s:
+            reason = f"decode reads the prompt itself: {_words(alone)}, against {split_s:.3g} s in all when split"
+            return Placement(None, alone.replica_id, policy.name, reason, scores)
+        reason = f"split: {_words(read)} and {_words(fetched)}, against {alone.total_s:.3g} s in all on one"
+        return Placement(read.replica_id, fetched.replica_id, policy.name, reason, scores)
+
+    # -- the parts of the cost
+
+    def _reading(self, view: ReplicaView) -> Cost:
+        """On a prefill replica."""
+        wait_s = max(view.read_until_s - self._snapshot.now_s, 0.0)
+        read_s = self._read_s(self._snapshot.costs.prefill.read, view)
+        lost_s = self._lost_s(view, self._snapshot.costs.prefill.read, self._request.num_prompt_tokens)
+        return Cost(view.replica_id, wait_s + read_s, read_s * view.in_flight_requests, lost_s)
+
+    def _reading_itself(self, view: ReplicaView, written: Cost) -> Cost:
+        """On a decode replica that answers too."""
+        wait_s = max(view.read_until_s - self._snapshot.now_s, 0.0)
+        read_s = self._read_s(self._snapshot.costs.decode.read, view)
+        return Cost(
+            view.replica_id,
+            written.own_s + wait_s + read_s,
+            written.others_s + read_s * view.in_flight_requests,
+            written.lost_s,
+        )
+
+    def _fetching(self, view: ReplicaView, written: Cost) -> Cost:
+        """On a decode replica that fetches the hand-off."""
+        num_tokens = self._request.num_prompt_tokens - self._cached(view)
+        num_blocks = num_tokens / max(view.block_size_tokens, 1)
+        fetch_s = self._snapshot.costs.handoff.seconds(num_blocks)
+        return Cost(view.replica_id, written.own_s + fetch_s, written.others_s, written.lost_s)
+
+    def _writing(self, view: ReplicaView) -> Cost:
+        """The answer, on a decode replica."""
+        step, steps = self._snapshot.costs.decode.step, self._output_tokens
+        others, tokens = view.in_flight_requests, view.in_flight_tokens
+        own_tokens = self._request.num_prompt_tokens + steps / 2
+        now_s = step.seconds(others, tokens)
+        then_s = step.seconds(others + self._request.num_choices, tokens + own_tokens)
+        lost_s = self._lost_s(view, self._snapshot.costs.decode.read, self._request.num_prompt_tokens + steps)
+        wait_s = self._room_s(view, own_tokens)
+        return Cost(view.replica_id, wait_s + steps * then_s, others * steps / 2 * (then_s - now_s), lost_s)
+
+    def _room_s(self, view: ReplicaView, num_tokens: float) -> float:
+        """Until there is room for the request in the batch and in the KV cache: as many requests have ended as are too
+        many, at the pace at which they do."""
+        num_requests = view.in_flight_requests + self._request.num_choices
+        slots = float(view.max_num_seqs or math.inf)
+        if view.num_kv_blocks and view.block_size_tokens:
+            num_all_tokens = view.in_flight_tokens + num_tokens
+            slots = min(slots, view.num_kv_blocks * view.block_size_tokens * num_requests / max(num_all_tokens, 1.0))
+        excess = num_requests - max(slots, 1.0)
+        if excess <= 0:
+            return 0.0
+        costs = self._snapshot.costs
+        slot_s = view.slot_s or costs.output_tokens * costs.decode.step.seconds(num_requests, view.in_flight_tokens)
+        return excess * slot_s / max(slots, 1.0)
+
+    def _read_s(self, cost: ReadCost, view: ReplicaView) -> float:
+        num_tokens = self._request.num_prompt_tokens
+        # An engine computes a prompt's last token in any case.
+        return cost.seconds(max(num_tokens - self._cached(view), 1), num_tokens)
+
+    def _lost_s(self, view: ReplicaView, cost: ReadCost, num_tokens: float) -> float:
+        """To read again what sessions that are expected back lose when this request's blocks take their place."""
+        if not self._policy.keeps_promised:
+            return 0.0
+        cached_tokens = self._cached(view)
+        capacity_tokens = view.num_kv_blocks * view.block_size_tokens
+        needed = view.promised_tokens + view.in_flight_tokens + num_tokens - cached_tokens
+        lost_tokens = min(max(needed - capacity_tokens, 0.0), num_tokens - cached_tokens)
+        # Whose they are is not known: they are taken to be of prompts as long as this one.
+        return lost_tokens * (cost.token_s + cost.pair_s * self._request.num_prompt_tokens / 2)
+
+    # -- which replicas
+
+    def _cached(self, view: ReplicaView) -> int:
+        return self._snapshot.cached(view.replica_id) if self._policy.affinity else 0
+
+    def _candidates(self, pool: Sequence[ReplicaView], load: Callable[[ReplicaView], float]) -> Sequence[ReplicaView]:
+        if len(pool) <= 2 * CANDIDATES:
+            return pool
+        cached = self._snapshot.cached_tokens
+        most = heapq.nlargest(CANDIDATES, pool, key=lambda view: cached.get(view.replica_id, 0))
+        least = heapq.nsmallest(CANDIDATES, pool, key=load)
+        return list({view.replica_id: view for view in (*most, *least)}.values())
+
+    def _lowest(self, costs: Sequence[Cost], scores: dict[str, float] | None = None) -> Cost:
+        """The replica whose part costs least; ties are drawn."""
+        if scores is not None:
+            scores.update((cost.replica_id, cost.total_s) for cost in costs)
+        lowest_s = min(cost.total_s for cost in costs)
+        return self._rng.choice([cost for cost in costs if cost.total_s == lowest_s])
+
+
+def _words(cost: Cost) -> str:
+    return f"{cost.own_s:.3g} s and {cost.others_s:.3g} s of others' on {cost.replica_id}"

@@ -1,0 +1,49 @@
+"""Owns what is predicted of a placement, to be held against what happens. Pure."""
+
+from dataclasses import dataclass
+
+from gateway.routing.types import ClusterSnapshot, Placement, ReplicaView, RequestView
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """Of a placement, from the costs that were known when it was decided.
+
+    `cached_tokens` of the prompt are in the cache of the replica that reads it, `wait_s` is until the prompts before it
+    are read there, `read_s` its own reading. `handoff_s` is None where there is none. `ttft_s` counts from the
+    decision. `tpot_s` is the step of the decode replica with this request in the batch.
+    """
+
+    cached_tokens: int
+    wait_s: float
+    read_s: float
+    handoff_s: float | None
+    ttft_s: float
+    tpot_s: float
+    output_tokens: float
+
+
+def predict(request: RequestView, placement: Placement, snapshot: ClusterSnapshot) -> Prediction:
+    """What the placement of a request will take. The same arguments give the same prediction, bit for bit."""
+    costs = snapshot.costs
+    decode = _view(snapshot.decode, placement.decode)
+    reader, read = decode, costs.decode.read
+    handoff_s: float | None = None
+    if placement.prefill is not None:
+        reader, read = _view(snapshot.prefill, placement.prefill), costs.prefill.read
+        num_missing = request.num_prompt_tokens - snapshot.cached(placement.decode)
+        handoff_s = costs.handoff.seconds(num_missing / max(decode.block_size_tokens, 1))
+    # An engine computes a prompt's last token in any case.
+    cached_tokens = min(snapshot.cached(reader.replica_id), max(request.num_prompt_tokens - 1, 0))
+    wait_s = max(reader.read_until_s - snapshot.now_s, 0.0)
+    read_s = read.seconds(request.num_prompt_tokens - cached_tokens, request.num_prompt_tokens)
+    output_tokens = request.expected_output_tokens(costs.output_tokens)
+    tpot_s = costs.decode.step.seconds(
+        decode.in_flight_requests + request.num_choices,
+        decode.in_flight_tokens + request.num_prompt_tokens + output_tokens / 2,
+    )
+    return Prediction(cached_tokens, wait_s, read_s, handoff_s, wait_s + read_s, tpot_s, output_tokens)
+
+
+def _view(pool: tuple[ReplicaView, ...], replica_id: str) -> ReplicaView:
+    return next(view for view in pool if view.replica_id == replica_id)
