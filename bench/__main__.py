@@ -1,4 +1,4 @@
-"""Owns the command line of the benchmarks: `python -m bench overhead | overload | streams | soak | faults | rolling`"""
+"""Owns the command line of the benchmarks: `python -m bench COMMAND`"""
 
 import signal
 from collections.abc import Callable, Iterable
@@ -42,6 +42,7 @@ from gateway.runtime.local import base_dir
 from gateway.settings import ConfigError, Settings, load
 
 if TYPE_CHECKING:
+    from bench.decisions_report import DecisionsReport
     from bench.overhead import PromptMaker
 
 FULL = Plan(
@@ -495,6 +496,57 @@ def rolling(
     _end(report.complete or start_failed, missed or start_failed)
 
 
+@app.command()
+def decisions(
+    policies: Annotated[str, typer.Option(help="Comma-separated; default: all.")] = "",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything that was measured here.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw an HTML file here (needs the extra `bench`).")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A minute: fewer decisions and requests.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Exit 1 where a target is missed.")] = False,
+) -> None:
+    """Measure the gateway's own CPU: for one decision, and for each request as requests and replicas grow."""
+    console = _console()
+    from bench import decisions as experiment
+    from bench.decisions_report import DecisionsPlan, DecisionsReport, tables, targets
+    from bench.decisions_report import write_json as write_decisions_json
+    from gateway.routing.policies import POLICIES
+
+    names = _names(policies) or tuple(POLICIES)
+    if unknown := set(names) - set(POLICIES):
+        _fail(f"no policy is called {', '.join(sorted(unknown))}; there are {', '.join(POLICIES)}")
+    plan = DecisionsPlan(names)
+    if quick:
+        plan = replace(plan, requests=(500, 2_000), replicas=(2, 256), decisions=300)
+    draw = _drawing_decisions(plot)
+    report = DecisionsReport(False, plan, gather_setting())
+    _interrupt_once()
+    try:
+        for policy in plan.policies:
+            for replicas in plan.replicas:
+                console.print(f"decisions of {policy}, {replicas} replicas ...")
+                decided = experiment.decide(plan, replicas, policy, plan.seed)
+                report = replace(report, decisions=(*report.decisions, decided))
+        for requests in plan.requests:
+            console.print(f"{requests:,} requests, {plan.load_replicas} replicas ...")
+            load_ = experiment.load(plan, plan.load_replicas, requests, plan.policy, plan.seed)
+            report = replace(report, by_requests=(*report.by_requests, load_))
+        for replicas in plan.replicas:
+            console.print(f"{plan.requests[0]:,} requests, {replicas} replicas ...")
+            load_ = experiment.load(plan, replicas, plan.requests[0], plan.policy, plan.seed)
+            report = replace(report, by_replicas=(*report.by_replicas, load_))
+        report = replace(report, complete=True)
+    except KeyboardInterrupt:
+        console.print("[yellow]interrupted; what is measured is kept[/]")
+    if json_file is not None:
+        write_decisions_json(report, json_file)
+    if draw is not None and plot is not None:
+        draw(report, plot)
+    for table_ in tables(report):
+        console.print(table_)
+    missed = _num_missed(console, targets(plan), report) if check else 0
+    _end(report.complete, missed)
+
+
 def _console() -> Console:
     console = Console(highlight=False)
     if not console.is_terminal:
@@ -567,8 +619,22 @@ def _drawing(plot_file: Path | None) -> Callable[[Report, Path], None] | None:
     try:
         from bench.plot import draw
     except ImportError as error:
-        _fail(f"--plot needs {error.name}; install the extra `bench` (pip install '.[bench]') or leave --plot out")
+        _no_plot(error)
     return draw
+
+
+def _drawing_decisions(plot_file: Path | None) -> "Callable[[DecisionsReport, Path], None] | None":
+    if plot_file is None:
+        return None
+    try:
+        from bench.decisions_plot import draw
+    except ImportError as error:
+        _no_plot(error)
+    return draw
+
+
+def _no_plot(error: ImportError) -> NoReturn:
+    _fail(f"--plot needs {error.name}; install the extra `bench` (pip install '.[bench]') or leave --plot out")
 
 
 def _names(text: str) -> tuple[str, ...]:
