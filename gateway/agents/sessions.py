@@ -1,86 +1,302 @@
-"""Owns what is remembered of sessions: where each one's last turn was placed, and the hashes of its prompt's blocks.
+"""Owns the sessions that are known: which one a request belongs to, where it was, what is expected of it next.
 
 A session is one conversation: one growing prompt. Memory is bounded by the number of sessions and by their tokens; the
-session that was used last is forgotten last.
+session that was used last is forgotten last, and one that nobody has used for `PauseModel.idle_s` is forgotten.
+Times are those of the caller's clock.
 """
 
-from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from engine.blocks import block_hashes
-from gateway.routing.types import Placement, SessionView
+from gateway.agents.answers import AnswerLengths, running_mean
+from gateway.agents.pauses import NO_TOOL, PauseModel, PausePrediction
+from gateway.agents.promises import Promise, Promises
+from gateway.agents.prompts import Prompt, packed
+from gateway.agents.recognition import MIN_BLOCKS, Beginnings, Tips, checkpoints
+from gateway.agents.trajectories import Member
+from gateway.routing.types import Hints, Placement, SessionView
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A turn that has come. `name`: its session's, None if it belongs to none; `hashes`: of its prompt's full blocks;
+    `view`: the session before this turn."""
+
+    name: str | None
+    hashes: list[bytes]
+    view: SessionView | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Pause:
+    """`tool` is what the turn before called (`NO_TOOL`: none)."""
+
+    began_s: float
+    tool: str
+    predicted: PausePrediction
 
 
 @dataclass(slots=True)
 class _Session:
-    """`tokens` are those of the full blocks of the last prompt, `hashes` their blocks'."""
+    """`num_running` of its turns have arrived and not ended. `promise`: where how many tokens are kept for its next
+    turn."""
 
-    view: SessionView = field(default_factory=SessionView)
-    block_size_tokens: int = 0
-    salt: str | None = None
-    tokens: "array[int]" = field(default_factory=lambda: array("I"))
-    hashes: list[bytes] = field(default_factory=list[bytes])
+    agent: str | None = None
+    is_named: bool = True
+    used_s: float = 0.0
+    prompt: Prompt = field(default_factory=Prompt)
+    tips: list[bytes] = field(default_factory=list[bytes])
+    mark: tuple[int, int] | None = None
+    member: Member = field(default_factory=Member)
+    num_turns: int = 0
+    num_running: int = 0
+    prefill: str | None = None
+    decode: str | None = None
+    pause: _Pause | None = None
+    is_last: bool = False
+    return_probability: float = 0.0
+    output_tokens: float | None = None
+    promise: Promise | None = None
 
 
 class Sessions:
-    """By the name that clients give a session (`Hints.session`)."""
+    """By name: what clients call a session (`Hints.session`), or else a name made from its first prompt."""
 
-    def __init__(self, max_sessions: int, max_tokens: int) -> None:
+    def __init__(self, max_sessions: int, max_tokens: int, pauses: PauseModel | None = None) -> None:
+        self.pauses = PauseModel() if pauses is None else pauses
         self._max_sessions = max_sessions
         self._max_tokens = max_tokens
         self._sessions: OrderedDict[str, _Session] = OrderedDict()
         self._num_tokens = 0
+        self._tips = Tips()
+        self._beginnings = Beginnings()
+        self._answers = AnswerLengths()
+        self._promises = Promises()
+        self._num_unnamed = 0
+        self._now_s = 0.0
 
     def __len__(self) -> int:
         return len(self._sessions)
+
+    # -- what is known
 
     def view(self, name: str | None) -> SessionView | None:
         """None for requests of no session; a session's first turn finds an empty view."""
         if name is None:
             return None
         session = self._sessions.get(name)
-        return session.view if session else SessionView()
+        return self._view(session, None) if session else SessionView()
 
     def hashes(
         self, name: str | None, token_ids: Sequence[int], block_size_tokens: int, salt: str | None = None
     ) -> list[bytes]:
-        """The hashes of a prompt's full blocks. Of a session's next turn only what is new is computed.
+        """The hashes of the full blocks of a text that a session's prompt may be the beginning of.
 
         Raises OverflowError for a token id that no tokenizer has (`engine.blocks.block_hashes`).
         """
+        session = self._sessions.get(name) if name is not None else None
+        prompt = session.prompt if session else Prompt()
+        return prompt.hashes_of(packed(token_ids), block_size_tokens, salt)
+
+    def promised_tokens(self, replica_id: str) -> float:
+        """Of sessions that run or pause and whose last turn was decoded there: the tokens that they will want back,
+        times the probability that they come back."""
+        return self._promises.tokens(replica_id)
+
+    # -- the life of a turn
+
+    def arrives(
+        self, hints: Hints, token_ids: Sequence[int], block_size_tokens: int, salt: str | None, now_s: float
+    ) -> Arrival:
+        """A turn has come: `placed` or `dropped` follows, and `ended` when it is over.
+
+        `block_size_tokens` 0: nobody knows yet; then there are no hashes, and nothing is recognised by them. Raises
+        OverflowError as `hashes` does; then nothing has happened.
+        """
+        self._expire(now_s)
+        tokens = packed(token_ids)
+        name = hints.session
+        marks = checkpoints(tokens, salt) if name is None else []
+        alike = self._sessions.get(self._beginnings.owner(marks) if name is None else name)
+        known = Prompt() if alike is None else alike.prompt
+        hashes = known.hashes_of(tokens, block_size_tokens, salt) if block_size_tokens else []
         if name is None:
-            return block_hashes(token_ids, block_size_tokens, salt)
-        tokens = array("I", token_ids[: len(token_ids) - len(token_ids) % block_size_tokens])
-        session = self._sessions.setdefault(name, _Session())
-        self._sessions.move_to_end(name)
-        known = session.tokens
-        is_same_kind = (session.block_size_tokens, session.salt) == (block_size_tokens, salt)
-        is_next = is_same_kind and tokens[: len(known)] == known
-        hashes = session.hashes if is_next else []
-        rest = tokens[len(known) :] if is_next else tokens
-        session.hashes = hashes + block_hashes(rest, block_size_tokens, salt, hashes[-1] if hashes else None)
-        session.block_size_tokens, session.salt = block_size_tokens, salt
-        self._num_tokens += len(tokens) - len(known)
-        session.tokens = tokens
+            name = self._recognised(tokens, hashes)
+            if name is None:
+                return Arrival(None, hashes, None)
+        session = self._sessions.get(name) or self._new(name)
+        session.is_named = hints.session is not None
+        self._touch(name, session, now_s)
+        session.agent = hints.agent or session.agent
+        if hints.parent is not None and (parent := self._sessions.get(hints.parent)):
+            parent.member.adopt(session.member)
+        is_again = not session.is_named and tokens == session.prompt.tokens
+        self._end_pause(session, hints, now_s, is_again)
+        self._num_tokens += len(token_ids) - session.prompt.num_tokens
+        session.prompt = Prompt(tokens, hashes, block_size_tokens, salt)
+        if not session.is_named:
+            self._set_tips(name, session, [hashes[-1]])
+            session.mark = self._beginnings.replace(session.mark, marks, name)
+        session.num_running += 1
+        session.is_last = hints.is_last
+        session.member.priority, session.member.ttft_deadline_s = hints.priority, hints.ttft_deadline_s
+        view = self._view(session, hints.output_tokens)
+        session.return_probability = view.return_probability
         self._forget_oldest()
-        return session.hashes
+        return Arrival(name, hashes, view)
 
     def placed(self, name: str | None, placement: Placement) -> None:
-        """Remembers where a turn went."""
+        """Remembers where a turn went; a turn that is placed again counts again."""
         if name is None:
             return
-        session = self._sessions.setdefault(name, _Session())
-        self._sessions.move_to_end(name)
-        prefill = placement.prefill or session.view.prefill
-        session.view = SessionView(session.view.num_turns + 1, prefill, placement.decode)
+        session = self._sessions.get(name) or self._new(name)
+        session.num_turns += 1
+        session.prefill = placement.prefill or session.prefill
+        session.decode = placement.decode
+        session.member.trajectory.num_turns += 1
+        self._promise(session, session.prompt.num_tokens)
         self._forget_oldest()
+
+    def ended(self, name: str | None, now_s: float, written: Sequence[int], service_s: float, tool: str | None) -> None:
+        """A turn is over: the session pauses. `written` is its answer, `service_s` the engine time that it took, `tool`
+        the one that the answer has called."""
+        session = self._sessions.get(name) if name is not None else None
+        if name is None or session is None:
+            return
+        self._touch(name, session, now_s)
+        session.num_running = max(session.num_running - 1, 0)
+        trajectory = session.member.trajectory
+        trajectory.read_tokens += session.prompt.num_tokens
+        trajectory.written_tokens += len(written)
+        trajectory.attained_s += service_s
+        session.output_tokens = running_mean(session.output_tokens, len(written))
+        self._answers.learn(session.agent, len(written))
+        if session.is_last:
+            if not session.num_running:
+                self._forget(name, now_s)
+            return
+        if session.num_running:
+            return
+        predicted = self.pauses.predict(session.agent, tool or NO_TOOL)
+        session.pause = _Pause(now_s, tool or NO_TOOL, predicted)
+        session.member.waits = tool is not None
+        session.return_probability = predicted.return_probability
+        self._promise(session, session.prompt.num_tokens + len(written))
+        if not session.is_named:
+            num_blocks, tip = session.prompt.with_answer(written)
+            if tip is not None and num_blocks >= MIN_BLOCKS:
+                self._set_tips(name, session, [*session.tips, tip])
+
+    def dropped(self, name: str | None, now_s: float) -> None:
+        """A turn was refused: a new session leaves nothing behind, a known one is expected to try again."""
+        session = self._sessions.get(name) if name is not None else None
+        if name is None or session is None:
+            return
+        self._touch(name, session, now_s)
+        session.num_running = max(session.num_running - 1, 0)
+        if not session.num_turns and not session.num_running:
+            self._forget(name, now_s)
+
+    # -- inside
+
+    def _recognised(self, tokens: bytes, hashes: list[bytes]) -> str | None:
+        """Whose next turn a prompt is that names no session, or the name of a new one; None if it is too short."""
+        if len(hashes) < MIN_BLOCKS:
+            return None
+        for name in self._tips.owners(hashes):
+            session = self._sessions[name]
+            if not session.num_running and session.prompt.goes_on_in(tokens):
+                return name
+        name = f"~{hashes[-1].hex()}"
+        if name not in self._sessions:
+            return name
+        self._num_unnamed += 1
+        return f"{name}-{self._num_unnamed}"
+
+    def _new(self, name: str) -> _Session:
+        session = self._sessions[name] = _Session(used_s=self._now_s)
+        return session
+
+    def _touch(self, name: str, session: _Session, now_s: float) -> None:
+        session.used_s = now_s
+        self._sessions.move_to_end(name)
+
+    def _end_pause(self, session: _Session, hints: Hints, now_s: float, is_again: bool) -> None:
+        session.member.waits = False
+        pause, session.pause = session.pause, None
+        if pause is None:
+            return
+        pause_s = max(now_s - pause.began_s, 0.0)
+        session.member.trajectory.paused_s += pause_s
+        if not is_again:
+            self.pauses.returned(session.agent, pause.tool or hints.tool or NO_TOOL, pause_s, pause.predicted)
+
+    def _view(self, session: _Session, output_tokens: int | None) -> SessionView:
+        member = session.member
+        priority, deadline_s = member.inherited()
+        expected: float | None = output_tokens
+        if expected is None:
+            expected = session.output_tokens
+        if expected is None:
+            expected = self._answers.expected_tokens(session.agent)
+        predicted = None if session.is_last else self.pauses.predict(session.agent, None)
+        return SessionView(
+            num_turns=session.num_turns,
+            prefill=session.prefill,
+            decode=session.decode,
+            trajectory_turns=member.trajectory.num_turns,
+            attained_s=member.trajectory.attained_s,
+            is_child=member.depth > 0,
+            parent_waits=member.parent is not None and member.parent.waits,
+            inherited_priority=priority,
+            inherited_deadline_s=deadline_s,
+            output_tokens=expected,
+            pause_s=predicted.median_s if predicted else None,
+            pause_p90_s=predicted.p90_s if predicted else None,
+            return_probability=predicted.return_probability if predicted else 0.0,
+        )
+
+    def _promise(self, session: _Session, num_tokens: int) -> None:
+        kept = 0 if session.is_last else round(num_tokens * session.return_probability)
+        promise = Promise(session.decode, kept) if session.decode is not None and kept else None
+        self._promises.replace(session.promise, promise)
+        session.promise = promise
+
+    def _set_tips(self, name: str, session: _Session, tips: list[bytes]) -> None:
+        for tip in session.tips:
+            self._tips.remove(tip, name)
+        session.tips = [tip for tip in dict.fromkeys(tips) if self._tips.add(tip, name)]
+
+    def _expire(self, now_s: float) -> None:
+        """Forgets those that nobody has used for too long; the one that was used first is the first in order."""
+        self._now_s = now_s
+        while self._sessions:
+            name, session = next(iter(self._sessions.items()))
+            if now_s - session.used_s <= self.pauses.idle_s:
+                return
+            if session.num_running:
+                self._touch(name, session, now_s)
+            else:
+                self._forget(name, now_s)
 
     def _forget_oldest(self) -> None:
         """The tokens of the one that is in use may be more than are allowed in all; they are kept until the next."""
         while len(self._sessions) > self._max_sessions or (
             self._num_tokens > self._max_tokens and len(self._sessions) > 1
         ):
-            _, session = self._sessions.popitem(last=False)
-            self._num_tokens -= len(session.tokens)
+            self._forget(next(iter(self._sessions)), self._now_s)
+
+    def _forget(self, name: str, now_s: float) -> None:
+        session = self._sessions.pop(name)
+        self._num_tokens -= session.prompt.num_tokens
+        self._promises.replace(session.promise, None)
+        self._set_tips(name, session, [])
+        self._beginnings.replace(session.mark, [], name)
+        session.member.leave()
+        if pause := session.pause:
+            waited_s = now_s - pause.began_s
+            if waited_s > self.pauses.idle_s:
+                self.pauses.gone(session.agent, pause.tool, pause.predicted)
+            else:
+                self.pauses.unknown_after(session.agent, pause.tool, waited_s)

@@ -1,6 +1,7 @@
 """Owns what is known of the HTTP request being served: its id, and what the cluster said to it."""
 
 import contextvars
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from gateway.routing.types import Hints, Rejection
@@ -20,7 +21,8 @@ class Failure:
 class RequestContext:
     """One HTTP request. `received_s` is monotonic time, `hints` come from its headers. `num_groups` counts the prompts
     it has placed, each with a receipt of its own; `answering` says that an engine has begun to answer, `failure` that
-    the request failed before.
+    the request failed before. `tool_called` is the tool that the answer calls; `ended`, where it is set, is told so
+    once, when the response is over, however it ends.
     """
 
     request_id: str
@@ -30,6 +32,8 @@ class RequestContext:
     failure: Failure | None = None
     answering: bool = False
     num_groups: int = 0
+    tool_called: str | None = None
+    ended: Callable[[str | None], None] | None = None
 
     def next_receipt_id(self) -> str:
         """The first prompt's receipt has the request's own id; further prompts add -1, -2, ..."""

@@ -5,14 +5,11 @@ the lists with vLLM's models, so that a new field of a new version cannot slip t
 are dropped before vLLM sees them.
 """
 
-import hashlib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-
-from gateway.routing.types import Hints, Priority
 
 _SAMPLING = {
     "allowed_token_ids", "bad_words", "frequency_penalty", "ignore_eos", "include_stop_str_in_output",
@@ -164,20 +161,7 @@ ROUTES: frozenset[tuple[str, str]] = frozenset(
     }
 )
 
-PRIORITY_HEADER = "x-baton-priority"
-SESSION_HEADERS = (
-    "x-baton-session", "x-session-id", "x-claude-code-session-id", "x-session-affinity", "x-dynamo-session-id",
-)  # fmt: skip
-"""The names under which agents say which conversation a request belongs to; the first that is there counts."""
-SESSION_FIELDS = ("session_id",)
-"""The same in a body, for clients that send no such header. Not `prompt_cache_key`: many conversations share one."""
-
-SESSION_BYTES = 16
-DEADLINE_HEADER = "x-baton-ttft-deadline-ms"
-MAX_DEADLINE_MS = 3_600_000
-
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
-_MILLISECONDS = re.compile(r"[0-9]{1,7}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,41 +184,12 @@ def check_headers(headers: Mapping[str, str]) -> Refused | None:
     return None
 
 
-def read_hints(headers: Mapping[str, str]) -> Hints | Refused:
-    """What the client's headers (lower-case names) say of its request, or why they are refused."""
-    priority = headers.get(PRIORITY_HEADER, Priority.NORMAL)
-    if priority not in set(Priority):
-        return Refused(f"the header {PRIORITY_HEADER} must be {', '.join(Priority)}")
-    session = _session(headers, SESSION_HEADERS)
-    deadline = headers.get(DEADLINE_HEADER)
-    if deadline is None:
-        return Hints(Priority(priority), session=session)
-    if not _MILLISECONDS.fullmatch(deadline) or not 0 < int(deadline) <= MAX_DEADLINE_MS:
-        return Refused(
-            f"the header {DEADLINE_HEADER} must be a whole number of milliseconds, 1 to {MAX_DEADLINE_MS}: how long "
-            "the first token may take"
-        )
-    return Hints(Priority(priority), int(deadline) / 1000, session)
-
-
-def session_of(body: Mapping[str, Any]) -> str | None:
-    """The name of the session that a body says it belongs to, if it does."""
-    return _session(body, SESSION_FIELDS)
-
-
-def _session(values: Mapping[str, Any], names: Sequence[str]) -> str | None:
-    """Made from the first of these that is there: of a fixed length, whatever the client sends, and what it sends stays
-    out of receipts."""
-    said = next((value for name in names if isinstance(value := values.get(name), str) and value), None)
-    if said is None:
-        return None
-    return hashlib.blake2b(said.encode(errors="surrogatepass"), digest_size=SESSION_BYTES).hexdigest()
-
-
 def check_body(path: str, body: Mapping[str, Any], max_choices: int) -> dict[str, Any] | Refused:
     """The body with nothing but allowed fields, or why it is refused."""
     for name, reason in REFUSED.items():
         value = body.get(name)
+        if name == "vllm_xargs" and _is_agentic(value):
+            continue
         if value is not None and not any(value is h or (type(value) is int and value == h) for h in _harmless(name)):
             return Refused(f"{name} {reason}", name)
     if refused := _check_shapes(path, body):
@@ -250,6 +205,11 @@ def check_body(path: str, body: Mapping[str, Any], max_choices: int) -> dict[str
     if path == "/v1/responses":
         kept["store"] = False
     return kept
+
+
+def _is_agentic(xargs: Any) -> bool:
+    """Whether engine arguments hold nothing but what agents say of themselves: that is read, and goes no further."""
+    return isinstance(xargs, dict) and list(xargs) == ["agentic_context"]
 
 
 def _harmless(name: str) -> tuple[Any, ...]:

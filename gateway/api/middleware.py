@@ -2,18 +2,19 @@
 
 import asyncio
 import contextlib
-import dataclasses
 import json
 import logging
 import time
 import uuid
+from collections.abc import Mapping
 
 import msgspec
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gateway.api import context, fields
-from gateway.routing.types import Rejection
+from gateway.api import context, fields, tools
+from gateway.api.hints import read_hints
+from gateway.routing.types import Hints, Rejection
 
 log = logging.getLogger("baton.api")
 
@@ -154,11 +155,12 @@ class Intake:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
+        # Of a header that is sent twice the first counts.
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in reversed(scope["headers"])}
         if refused := fields.check_headers(headers):
             await _send_error(scope, send, 400, refused.message, refused.param)
             return
-        hints = fields.read_hints(headers)
+        hints = read_hints(headers)
         if isinstance(hints, fields.Refused):
             await _send_error(scope, send, 400, hints.message, hints.param)
             return
@@ -173,16 +175,16 @@ class Intake:
             message = f"the request body is larger than {self._max_body_bytes} bytes"
             await _send_error(scope, send, 413, message)
             return
-        checked = self._check(path, body)
+        checked = self._check(path, headers, body)
         if isinstance(checked, fields.Refused):
             await _send_error(scope, send, 400, checked.message, checked.param)
             return
-        kept, session = checked
-        if request is not None and hints.session is None:
-            request.hints = dataclasses.replace(hints, session=session)
+        kept, hints = checked
+        if request is not None:
+            request.hints = hints
         await self._app(_with_length(scope, len(kept)), _replay(kept, receive), send)
 
-    async def _read(self, headers: Headers, receive: Receive) -> bytes | None:
+    async def _read(self, headers: Mapping[str, str], receive: Receive) -> bytes | None:
         declared = headers.get("content-length", "0")
         if declared.isdecimal() and int(declared) > self._max_body_bytes:
             return None
@@ -200,8 +202,8 @@ class Intake:
             if not message.get("more_body", False):
                 return b"".join(chunks)
 
-    def _check(self, path: str, body: bytes) -> tuple[bytes, str | None] | fields.Refused:
-        """What is let in of a body, and the session that it names."""
+    def _check(self, path: str, headers: Mapping[str, str], body: bytes) -> tuple[bytes, Hints] | fields.Refused:
+        """What is let in of a body, and what it says of itself, with the headers."""
         try:
             data = msgspec.json.decode(body)
         except (msgspec.DecodeError, RecursionError) as error:
@@ -211,7 +213,10 @@ class Intake:
         checked = fields.check_body(path, data, self._max_choices)
         if isinstance(checked, fields.Refused):
             return checked
-        return body if checked == data else msgspec.json.encode(checked), fields.session_of(data)
+        hints = read_hints(headers, path, data)
+        if isinstance(hints, fields.Refused):
+            return hints
+        return body if checked == data else msgspec.json.encode(checked), hints
 
 
 class ResponseStart:
@@ -230,9 +235,12 @@ class ResponseStart:
         token = context.current.set(request)
         held: list[Message] = []
         started = streaming = False
+        call_mark = tools.CALL_MARKS.get(scope["path"])
 
         async def held_send(message: Message) -> None:
             nonlocal started, streaming
+            if call_mark and request.tool_called is None and call_mark in message.get("body", b""):
+                request.tool_called = tools.called(scope["path"], message["body"])
             if started:
                 if streaming and request.failure is not None:
                     message = _with_reason(scope["path"], message, request.failure)
@@ -274,6 +282,8 @@ class ResponseStart:
         finally:
             with contextlib.suppress(ValueError):
                 context.current.reset(token)
+            if request.ended is not None:
+                request.ended(request.tool_called)
 
 
 def _is_certain(held: list[Message], request: context.RequestContext) -> bool:

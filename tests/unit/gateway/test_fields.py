@@ -6,9 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.api import fields
-from gateway.api.fields import ALLOWED, REFUSED, ROUTES, Refused, check_body, check_headers, read_hints
-from gateway.routing.types import Hints, Priority
+from gateway.api.fields import ALLOWED, REFUSED, ROUTES, Refused, check_body, check_headers
 
 CHAT = "/v1/chat/completions"
 MAX_CHOICES = 4
@@ -74,6 +72,8 @@ def test_a_refused_field_that_is_null_is_dropped(name: str) -> None:
         ("enable_response_messages", False),
         ("return_mm_kwargs", False),
         ("priority", 0),
+        ("vllm_xargs", {"agentic_context": {"program_id": "p"}}),
+        ("nvext", {"agent_hints": {"osl": 10}}),
     ],
 )
 def test_a_value_that_asks_for_nothing_passes_and_is_dropped(name: str, value: Any) -> None:
@@ -94,6 +94,8 @@ def test_a_value_that_asks_for_nothing_passes_and_is_dropped(name: str, value: A
         ("priority", "0"),
         ("background", True),
         ("vllm_xargs", {}),
+        ("vllm_xargs", {"agentic_context": {}, "kv_transfer_params": {}}),
+        ("vllm_xargs", ["agentic_context"]),
         ("kv_transfer_params", {}),
         ("kv_transfer_params", {"do_remote_prefill": True}),
         ("kv_transfer_params", False),
@@ -230,67 +232,6 @@ def test_headers_that_would_steer_an_engine_are_refused(name: str, value: str) -
     refused = check_headers({name: value})
     assert refused is not None
     assert name.lower() in refused.message.lower()
-
-
-@pytest.mark.parametrize(
-    ("headers", "hints"),
-    [
-        ({}, Hints(Priority.NORMAL, None)),
-        ({"x-baton-priority": "low"}, Hints(Priority.LOW, None)),
-        ({"x-baton-priority": "high", "x-other": "low"}, Hints(Priority.HIGH, None)),
-        ({"x-baton-ttft-deadline-ms": "1"}, Hints(Priority.NORMAL, 0.001)),
-        ({"x-baton-ttft-deadline-ms": "3600000", "x-baton-priority": "normal"}, Hints(Priority.NORMAL, 3600.0)),
-    ],
-)
-def test_a_client_says_how_urgent_its_request_is(headers: dict[str, str], hints: Hints) -> None:
-    assert read_hints(headers) == hints
-    assert check_headers(headers) is None
-
-
-def session_of(headers: dict[str, str]) -> str | None:
-    hints = read_hints(headers)
-    assert isinstance(hints, Hints)
-    return hints.session
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["x-baton-session", "x-session-id", "x-claude-code-session-id", "x-session-affinity", "x-dynamo-session-id"],
-)
-def test_agents_say_which_session_a_request_belongs_to(name: str) -> None:
-    assert session_of({name: "mine"}) == session_of({"x-baton-session": "mine"}) != session_of({name: "other"})
-    assert session_of({}) is session_of({name: ""}) is None
-
-
-def test_a_body_names_a_session_as_a_header_does() -> None:
-    assert fields.session_of({"session_id": "mine"}) == session_of({"x-session-id": "mine"})
-    assert fields.session_of({"prompt_cache_key": "mine"}) is None
-
-
-@pytest.mark.parametrize("value", ["", 5, None, ["mine"], {"a": 1}])
-def test_a_body_s_session_that_is_no_name_is_none(value: object) -> None:
-    assert fields.session_of({"session_id": value}) is None
-    assert fields.session_of({"session_id": "\ud800"}) is not None
-
-
-def test_baton_s_own_name_of_a_session_comes_first_and_none_is_kept_as_it_was_sent() -> None:
-    long = "é" * 10_000
-    session = session_of({"x-session-id": "theirs", "x-baton-session": long})
-    assert session == session_of({"x-baton-session": long})
-    assert session is not None
-    assert len(session) == 32
-
-
-@pytest.mark.parametrize("value", ["", "0", "-1", "1.5", "1e3", " 1", "soon", "3600001", "9" * 100, "\u0661", "0x10"])
-def test_a_deadline_that_is_no_time_is_refused(value: str) -> None:
-    refused = read_hints({"x-baton-ttft-deadline-ms": value})
-    assert isinstance(refused, Refused)
-    assert "x-baton-ttft-deadline-ms must be a whole number of milliseconds, 1 to 3600000" in refused.message
-
-
-@pytest.mark.parametrize("value", ["", "urgent", "HIGH", "1", "high "])
-def test_a_priority_that_does_not_exist_is_refused(value: str) -> None:
-    assert read_hints({"x-baton-priority": value}) == Refused("the header x-baton-priority must be low, normal, high")
 
 
 def test_every_path_with_a_body_is_a_route_and_nothing_else_takes_one() -> None:

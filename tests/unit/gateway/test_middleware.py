@@ -10,7 +10,8 @@ import pytest
 from starlette.responses import StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gateway.api import context, fields
+from gateway.api import context
+from gateway.api.hints import read_hints
 from gateway.api.middleware import (
     DEPARTURE_S,
     REQUEST_ID_HEADER,
@@ -295,10 +296,38 @@ def test_a_session_comes_from_a_header_or_else_from_the_body() -> None:
         for headers, body, expected in (
             ({"x-session-id": "a"}, {"session_id": "b"}, {"x-session-id": "a"}),
             ({}, {"session_id": "b"}, {"x-session-id": "b"}),
+            ({}, {"vllm_xargs": {"agentic_context": {"program_id": "b"}}}, {"x-session-id": "b"}),
             ({}, {}, {}),
         ):
             (hints,), _ = await hints_of(headers, body)
-            assert hints == fields.read_hints(expected)
+            assert hints == read_hints(expected)
+
+    simulate(main)
+
+
+def test_what_agents_say_in_the_body_is_read_and_goes_no_further() -> None:
+    async def main() -> None:
+        body = {"model": "m", "nvext": {"agent_hints": {"osl": 9}}, "vllm_xargs": {"agentic_context": {"priority": 1}}}
+        assert (await hints_of({}, body))[0] == [Hints(Priority.HIGH, output_tokens=9)]
+        echo, _ = await through_intake(incoming=body_of(body))
+        assert echo.body == b'{"model":"m"}'
+
+    simulate(main)
+
+
+def test_of_a_header_that_is_sent_twice_the_first_counts() -> None:
+    async def main() -> None:
+        noted: list[Hints] = []
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            request = context.current.get()
+            assert request is not None
+            noted.append(request.hints)
+
+        headers = [(b"x-baton-priority", b"low"), (b"x-baton-priority", b"high")]
+        scope: Scope = {"type": "http", "method": "GET", "path": "/health", "headers": headers}
+        await ResponseStart(intake(app))(scope, never, never)
+        assert noted == [Hints(Priority.LOW)]
 
     simulate(main)
 
@@ -353,6 +382,41 @@ def test_what_is_not_http_passes(layer: Callable[[ASGIApp], ASGIApp]) -> None:
 
         await layer(echo)(scope, nothing, nothing)
         assert echo.scope is scope
+
+    simulate(main)
+
+
+# -- what an answer calls, and that it is over
+
+CALL = b'{"choices":[{"delta":{"tool_calls":[{"index":0,"function":{"name":"look"}}]}}]}'
+
+
+@pytest.mark.parametrize(
+    ("steps", "tool"),
+    [
+        ([start_of(), chunk(b"data: {}\n\n"), chunk(b"data: " + CALL + b"\n\n"), chunk(b"", more=False)], "look"),
+        ([start_of(200, "application/json"), chunk(CALL, more=False)], "look"),
+        ([start_of(), chunk(b"data: {}\n\n"), chunk(b"data: [DONE]\n\n", more=False)], None),
+        ([ValueError("a crash")], None),
+    ],
+    ids=["stream", "json", "no-call", "crash"],
+)
+def test_when_a_response_is_over_the_tool_that_it_calls_is_told_once(steps: list[Any], tool: str | None) -> None:
+    async def main() -> None:
+        told: list[str | None] = []
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            request = context.current.get()
+            assert request is not None
+            request.answering, request.ended = True, told.append
+            for step in steps:
+                assert told == []
+                if isinstance(step, Exception):
+                    raise step
+                await send(step)
+
+        await Exchange().run(ResponseStart(app))
+        assert told == [tool]
 
     simulate(main)
 

@@ -23,7 +23,7 @@ from gateway.cluster import TRUSTED_AFTER_TOKENS
 from gateway.orchestrator import PlacementRejected
 from gateway.routing.admission import AdmissionConfig, admit
 from gateway.routing.policies import POLICIES, least_tokens, place
-from gateway.routing.types import Cause, Hints, Placement, Priority, SessionView
+from gateway.routing.types import Cause, Hints, Placement, Priority
 from gateway.transport import ReplicaGoneError
 from tests.unit.gateway.rig import (
     CREATED_S,
@@ -127,8 +127,12 @@ def test_a_session_s_turns_know_where_the_one_before_went() -> None:
                 group = rig.orchestrator.new_group(f"t{turn}", 1, hints=Hints(session="s"))
                 await rig.finished(rig.add(PROMPT, 2, group=group))
             first, second = rig.receipt("t0"), rig.receipt("t1")
-            assert first.request.session == SessionView()
-            assert second.request.session == SessionView(1, first.placement.prefill, first.placement.decode)
+            before, after = first.request.session, second.request.session
+            assert before is not None
+            assert after is not None
+            assert (before.num_turns, before.prefill, before.decode) == (0, None, None)
+            placement = first.placement
+            assert (after.num_turns, after.prefill, after.decode) == (1, placement.prefill, placement.decode)
 
     simulate(main)
 

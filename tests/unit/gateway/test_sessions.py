@@ -4,16 +4,63 @@ import pytest
 
 from engine import blocks
 from engine.blocks import block_hashes
-from gateway.agents import sessions as module
-from gateway.agents.sessions import Sessions
-from gateway.routing.types import Placement, SessionView
+from gateway.agents import prompts as module
+from gateway.agents import recognition
+from gateway.agents.pauses import PauseModel
+from gateway.agents.sessions import Arrival, Sessions
+from gateway.routing.types import Hints, Placement, Priority, SessionView
 
 B = 4
 PROMPT = list(range(100, 100 + 5 * B + 3))
+ANSWER = list(range(500, 500 + 2 * B))
+IDLE_S = 100.0
 
 
 def placement(prefill: str | None, decode: str) -> Placement:
     return Placement(prefill, decode, "a-policy", "a reason")
+
+
+class Turns:
+    """Sessions with a clock, turn by turn."""
+
+    def __init__(self, max_sessions: int = 100, max_tokens: int = 100_000) -> None:
+        self.sessions = Sessions(max_sessions, max_tokens, PauseModel(IDLE_S))
+        self.now_s = 1000.0
+
+    def arrive(self, prompt: list[int] = PROMPT, hints: Hints | None = None, salt: str | None = None) -> Arrival:
+        return self.sessions.arrives(hints or Hints(), prompt, B, salt, self.now_s)
+
+    def begin(self, prompt: list[int] = PROMPT, hints: Hints | None = None, decode: str = "d") -> Arrival:
+        arrival = self.arrive(prompt, hints)
+        self.sessions.placed(arrival.name, placement(None, decode))
+        return arrival
+
+    def end(
+        self, name: str | None, answer: list[int] = ANSWER, tool: str | None = "look", service_s: float = 1.0
+    ) -> None:
+        self.sessions.ended(name, self.now_s, answer, service_s, tool)
+
+    def turn(
+        self,
+        prompt: list[int] = PROMPT,
+        hints: Hints | None = None,
+        pause_s: float = 1.0,
+        tool: str | None = "look",
+        decode: str = "d",
+    ) -> str | None:
+        """One whole turn, and the pause after it."""
+        name = self.begin(prompt, hints, decode).name
+        self.end(name, tool=tool)
+        self.now_s += pause_s
+        return name
+
+    def view(self, prompt: list[int] = PROMPT, hints: Hints | None = None) -> SessionView:
+        view = self.arrive(prompt, hints).view
+        assert view is not None
+        return view
+
+
+NAMED = Hints(session="s")
 
 
 @pytest.fixture
@@ -22,11 +69,14 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts: list[int] = []
 
     def counting(token_ids, *more):
-        counts.append(len(token_ids))
+        counts.append(len(token_ids) // B * B)
         return blocks.block_hashes(token_ids, *more)
 
     monkeypatch.setattr(module, "block_hashes", counting)
     return counts
+
+
+# -- names and hashes
 
 
 def test_a_session_remembers_where_its_last_turn_went_and_who_prefilled_last() -> None:
@@ -36,22 +86,48 @@ def test_a_session_remembers_where_its_last_turn_went_and_who_prefilled_last() -
     sessions.placed("s", placement("p1", "d1"))
     sessions.placed("s", placement(None, "d2"))
     sessions.placed("other", placement("p9", "d9"))
-    assert sessions.view("s") == SessionView(2, "p1", "d2")
+    view = sessions.view("s")
+    assert view is not None
+    assert (view.num_turns, view.prefill, view.decode) == (2, "p1", "d2")
 
 
 def test_requests_without_a_session_leave_nothing() -> None:
-    sessions = Sessions(10, 1000)
-    sessions.placed(None, placement("p1", "d1"))
-    assert sessions.hashes(None, PROMPT, B) == block_hashes(PROMPT, B)
-    assert len(sessions) == 0
+    turns = Turns()
+    short = PROMPT[: 2 * B - 1]
+    assert turns.begin(short) == Arrival(None, block_hashes(short, B), None)
+    turns.end(None)
+    turns.sessions.dropped(None, 0.0)
+    assert len(turns.sessions) == 0
 
 
-def test_the_next_turn_costs_its_new_tokens_only(hashed: list[int]) -> None:
+def test_before_a_block_size_is_known_named_sessions_are_known_and_others_not() -> None:
     sessions = Sessions(10, 1000)
-    for length, new in ((5 * B + 3, 5 * B), (5 * B + 3, 0), (9 * B + 1, 4 * B)):
+    assert sessions.arrives(Hints(), PROMPT, 0, None, 0.0) == Arrival(None, [], None)
+    assert sessions.arrives(NAMED, PROMPT, 0, None, 0.0).name == "s"
+    assert sessions.arrives(NAMED, PROMPT, B, None, 0.0).hashes == block_hashes(PROMPT, B)
+
+
+@pytest.mark.parametrize("hints", [NAMED, Hints()], ids=["named", "recognised"])
+def test_the_next_turn_costs_its_new_tokens_only(
+    hints: Hints, hashed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recognition, "CHECKPOINT_TOKENS", 5 * B)
+    turns = Turns()
+    for length, new in ((5 * B + 3, 5 * B), (9 * B + 1, 4 * B)):
         prompt = list(range(100, 100 + length))
-        assert sessions.hashes("s", prompt, B) == block_hashes(prompt, B)
+        arrival = turns.begin(prompt, hints)
+        assert arrival.hashes == block_hashes(prompt, B)
         assert hashed[-1] == new
+        turns.end(arrival.name, [])
+
+
+def test_a_text_that_begins_as_a_session_does_costs_the_rest_only(hashed: list[int]) -> None:
+    turns = Turns()
+    turns.begin(hints=NAMED)
+    longer, edited = PROMPT + ANSWER, [*PROMPT[: 3 * B], 1, *PROMPT[3 * B + 1 :]]
+    assert turns.sessions.hashes("s", longer, B) == block_hashes(longer, B)
+    assert turns.sessions.hashes("s", edited, B) == block_hashes(edited, B)
+    assert hashed[-2:] == [2 * B, 2 * B]
 
 
 @pytest.mark.parametrize(
@@ -59,26 +135,305 @@ def test_the_next_turn_costs_its_new_tokens_only(hashed: list[int]) -> None:
     [([1, *PROMPT[1:]], B, None), (PROMPT[: 2 * B], B, None), (PROMPT, 2 * B, None), (PROMPT, B, "salt")],
     ids=["another-beginning", "shorter", "other-blocks", "salted"],
 )
-def test_a_prompt_that_does_not_go_on_is_hashed_anew(prompt: list[int], block_size: int, salt: str | None) -> None:
+def test_a_prompt_that_does_not_go_on_has_its_own_hashes(prompt: list[int], block_size: int, salt: str | None) -> None:
     sessions = Sessions(10, 1000)
-    sessions.hashes("s", PROMPT, B)
-    assert sessions.hashes("s", prompt, block_size, salt) == block_hashes(prompt, block_size, salt)
-    assert sessions.hashes("s", PROMPT, B) == block_hashes(PROMPT, B)
+    for token_ids, size, with_salt in ((PROMPT, B, None), (prompt, block_size, salt), (PROMPT, B, None)):
+        arrival = sessions.arrives(NAMED, token_ids, size, with_salt, 0.0)
+        assert arrival.hashes == block_hashes(token_ids, size, with_salt)
+
+
+def test_a_token_that_does_not_exist_changes_nothing() -> None:
+    sessions = Sessions(10, 1000)
+    with pytest.raises(OverflowError):
+        sessions.arrives(NAMED, [2**32], B, None, 0.0)
+    assert len(sessions) == 0
+
+
+# -- recognised by the prompt
+
+
+def test_a_conversation_without_a_name_is_recognised_by_its_prompt() -> None:
+    turns = Turns()
+    first = turns.turn()
+    longer = [*PROMPT, *ANSWER, 7, 8, 9]
+    assert turns.turn(longer) == first is not None
+    assert turns.view([*longer, 1, 2]).num_turns == 2
+    assert len(turns.sessions) == 1
+
+
+def test_a_next_prompt_that_has_the_answer_otherwise_is_still_recognised() -> None:
+    turns = Turns()
+    first = turns.turn()
+    reasoning_left_out = [*PROMPT[:-2], 7, 8, 9, 10]
+    assert turns.turn(reasoning_left_out) == first
+
+
+def test_another_question_after_the_same_beginning_is_another_session() -> None:
+    turns = Turns()
+    system = list(range(5 * B))
+    first = turns.turn([*system, 1, 1, 1])
+    other = [*system, *range(60, 60 + 2 * B)]
+    # The first prompt's full blocks are all the system's, so what follows them tells whose next turn it is.
+    assert len([*system, 1, 1, 1]) - 4 < len(system)
+    assert turns.turn([*system, 1, *range(60, 60 + 2 * B)]) == first
+    long_question = [*system, *range(30, 36), 1, 1, 1]
+    second = turns.turn(long_question)
+    assert turns.turn([*other, 5]) not in (first, second)
+
+
+def test_prompts_with_another_salt_are_another_s() -> None:
+    turns = Turns()
+    name = turns.arrive(salt="a").name
+    turns.end(name)
+    assert turns.arrive([*PROMPT, *ANSWER], salt="b").name != name
+    assert turns.arrive([*PROMPT, *ANSWER], salt="a").name == name
+
+
+def test_of_a_forked_conversation_the_first_goes_on_and_the_second_is_new() -> None:
+    turns = Turns()
+    name = turns.turn()
+    left, right = [*PROMPT, *ANSWER, 1, 2, 3], [*PROMPT, *ANSWER, 4, 5, 6]
+    first, second = turns.begin(left), turns.begin(right)
+    assert first.name == name != second.name
+    assert second.view is not None
+    assert (second.view.num_turns, second.view.is_child) == (0, False)
+    turns.end(first.name)
+    turns.end(second.name)
+    assert turns.turn([*right, *ANSWER, 7]) == second.name
+    assert turns.turn([*left, *ANSWER, 7]) == first.name
+
+
+def test_the_longest_known_text_wins() -> None:
+    turns = Turns()
+    short = turns.turn()
+    long = [*PROMPT, 1, 2, 3, 4, 5, 6, 7, 8]
+    begun = turns.begin()
+    fork = turns.turn(long)
+    turns.end(begun.name)
+    assert begun.name == short != fork
+    assert turns.turn([*long, 9, 9, 9, 9]) == fork
+
+
+def test_the_same_prompt_again_is_the_same_session_and_no_pause() -> None:
+    turns = Turns()
+    assert turns.turn() == turns.turn()
+    assert turns.sessions.pauses.calibration.num_returned == 0
+
+
+def test_many_alike_at_once_are_many_sessions_in_bounded_time() -> None:
+    turns = Turns(max_sessions=10_000)
+    names = [turns.begin().name for _ in range(2000)]
+    assert len(set(names)) == 2000
+    for name in names:
+        turns.end(name)
+    assert turns.turn([*PROMPT, *ANSWER, 1]) in names
+
+
+# -- what is expected
+
+
+def test_a_view_tells_of_turns_service_answers_and_the_next_pause() -> None:
+    turns = Turns()
+    assert turns.view(hints=NAMED).num_turns == 0
+    turns.end("s", [], tool=None)
+    for _ in range(30):
+        turns.turn(hints=NAMED, pause_s=20.0)
+    view = turns.view(hints=NAMED)
+    assert (view.num_turns, view.trajectory_turns, view.attained_s) == (30, 30, 31.0)
+    assert view.output_tokens == pytest.approx(len(ANSWER), abs=1)
+    assert view.pause_s == pytest.approx(20.0, rel=0.3)
+    assert view.pause_p90_s is not None
+    assert view.pause_s <= view.pause_p90_s <= 30.0
+    assert view.return_probability > 0.9
+    assert turns.view(hints=Hints(session="s", output_tokens=77)).output_tokens == 77
+
+
+def test_an_agent_s_new_session_is_expected_to_answer_as_its_others_do() -> None:
+    turns = Turns()
+    turns.turn(hints=Hints(session="a", agent="coder"))
+    assert turns.view(hints=Hints(session="b", agent="coder")).output_tokens == len(ANSWER)
+    assert turns.view(hints=Hints(session="c", agent="other")).output_tokens is None
+
+
+def test_pauses_are_learnt_for_the_tool_that_was_called_and_predictions_are_scored() -> None:
+    turns = Turns()
+    for number in range(20):
+        tool, pause_s = ("fast", 0.01) if number % 2 else ("slow", 50.0)
+        turns.turn(hints=NAMED, pause_s=pause_s, tool=tool)
+    turns.arrive(hints=NAMED)
+    model = turns.sessions.pauses
+    assert model.calibration.num_returned == 20
+    assert model.predict(None, "fast").median_s < 0.1 < 10 < model.predict(None, "slow").median_s
+
+
+def test_where_the_answer_names_no_tool_the_next_request_may() -> None:
+    turns = Turns()
+    turns.turn(hints=NAMED, tool=None, pause_s=50.0)
+    turns.arrive(hints=Hints(session="s", tool="look"))
+    assert turns.sessions.pauses.predict(None, "look").num_seen == pytest.approx(1.0)
+
+
+def test_a_session_pauses_only_when_none_of_its_turns_runs() -> None:
+    turns = Turns()
+    turns.begin(hints=NAMED)
+    turns.begin(hints=NAMED)
+    turns.end("s")
+    turns.now_s += 5
+    turns.begin(hints=NAMED)
+    assert turns.sessions.pauses.calibration.num_returned == 0
+    turns.end("s")
+    turns.end("s")
+    turns.now_s += 5
+    turns.begin(hints=NAMED)
+    assert turns.sessions.pauses.calibration.num_returned == 1
+
+
+# -- trajectories
+
+PARENT = Hints(Priority.HIGH, 2.5, "parent")
+CHILD = Hints(Priority.LOW, session="child", parent="parent")
+GRANDCHILD = Hints(session="grandchild", parent="child")
+
+
+def test_a_child_s_trajectory_is_its_parent_s() -> None:
+    turns = Turns()
+    turns.turn(hints=PARENT)
+    turns.turn(hints=CHILD)
+    view = turns.view(hints=GRANDCHILD)
+    assert (view.num_turns, view.trajectory_turns, view.attained_s, view.is_child) == (0, 2, 2.0, True)
+    assert turns.view(hints=PARENT).trajectory_turns == 2
+    assert turns.view(hints=Hints(session="other")).trajectory_turns == 0
+
+
+def test_a_child_inherits_the_urgency_of_those_that_wait_for_it() -> None:
+    turns = Turns()
+    turns.turn(hints=PARENT)
+    child = turns.view(hints=CHILD)
+    assert (child.parent_waits, child.inherited_priority, child.inherited_deadline_s) == (True, Priority.HIGH, 2.5)
+    turns.end("child")
+    grandchild = turns.view(hints=GRANDCHILD)
+    assert (grandchild.inherited_priority, grandchild.inherited_deadline_s) == (Priority.HIGH, 2.5)
+
+
+def test_a_parent_that_goes_on_or_answers_a_person_does_not_wait() -> None:
+    for tool, goes_on in (("look", True), (None, False)):
+        turns = Turns()
+        turns.turn(hints=PARENT, tool=tool)
+        if goes_on:
+            turns.begin(hints=PARENT)
+        child = turns.view(hints=CHILD)
+        assert (child.is_child, child.parent_waits) == (True, False)
+        assert (child.inherited_priority, child.inherited_deadline_s) == (None, None)
+
+
+def test_a_parent_that_is_unknown_or_the_session_itself_is_ignored() -> None:
+    turns = Turns()
+    assert not turns.view(hints=CHILD).is_child
+    assert not turns.view(hints=Hints(session="s", parent="s")).is_child
+    assert len(turns.sessions) == 2
+
+
+def test_sessions_that_call_each_other_parent_make_no_circle() -> None:
+    turns = Turns()
+    for name, parent in (("a", "b"), ("b", "a"), ("a", "b"), ("c", "b"), ("a", "c")):
+        turns.turn(hints=Hints(session=name, parent=parent))
+    assert [turns.view(hints=Hints(session=name)).is_child for name in ("a", "b", "c")] == [False, True, True]
+    assert turns.view(hints=Hints(session="a")).trajectory_turns == 5
+
+
+def test_a_forgotten_session_s_descendants_make_no_circle_either() -> None:
+    turns = Turns(max_sessions=3)
+    for name, parent in (("a", None), ("b", "a"), ("c", "b"), ("a", None), ("c", "b"), ("x", None)):
+        turns.turn(hints=Hints(session=name, parent=parent))
+    assert turns.view(hints=Hints(session="a", parent="c")).is_child is False
+
+
+def test_depth_and_size_of_a_trajectory_are_bounded() -> None:
+    turns = Turns(max_sessions=3000)
+    names = [f"s{number}" for number in range(12)]
+    for name, parent in zip(names, [None, *names], strict=False):
+        turns.turn(hints=Hints(session=name, parent=parent))
+    # The ninth session is the eighth generation; the one after it begins anew.
+    assert [turns.view(hints=Hints(session=name)).is_child for name in names] == [False, *[True] * 8, False, True, True]
+    turns.turn(hints=Hints(session="root"))
+    for number in range(1100):
+        turns.turn(hints=Hints(session=f"child{number}", parent="root"), pause_s=0.0)
+    assert turns.view(hints=Hints(session="root")).trajectory_turns == 1000
+
+
+# -- what is kept for those that come back
+
+
+def test_tokens_are_promised_where_a_session_was_last_until_it_moves_or_ends() -> None:
+    turns = Turns()
+    turns.begin(hints=NAMED, decode="d1")
+    running = turns.sessions.promised_tokens("d1")
+    assert 0 < running < len(PROMPT)
+    turns.end("s")
+    assert running < turns.sessions.promised_tokens("d1") < len(PROMPT) + len(ANSWER)
+    turns.begin(hints=NAMED, decode="d2")
+    assert turns.sessions.promised_tokens("d1") == 0 < turns.sessions.promised_tokens("d2")
+    turns.end("s")
+    turns.begin(hints=Hints(session="s", is_last=True), decode="d2")
+    assert turns.sessions.promised_tokens("d2") == 0
+    turns.end("s")
+    assert len(turns.sessions) == 0
+
+
+def test_a_refused_turn_leaves_nothing_of_a_new_session_and_a_known_one_as_it_was() -> None:
+    turns = Turns()
+    turns.sessions.dropped(turns.arrive(hints=NAMED).name, turns.now_s)
+    assert len(turns.sessions) == 0
+    turns.turn(hints=NAMED)
+    kept = turns.sessions.promised_tokens("d")
+    turns.sessions.dropped(turns.arrive(hints=NAMED).name, turns.now_s)
+    assert (len(turns.sessions), turns.sessions.promised_tokens("d")) == (1, kept)
+    turns.now_s += 50
+    turns.arrive(hints=NAMED)
+    # It came back once; the time until it tried again is no pause.
+    assert turns.sessions.pauses.calibration.num_returned == 1
+
+
+# -- bounds
+
+
+def test_a_session_that_stays_away_is_forgotten_and_learnt_from() -> None:
+    turns = Turns()
+    turns.turn(hints=NAMED, pause_s=IDLE_S + 1)
+    running = turns.begin(hints=Hints(session="running")).name
+    assert len(turns.sessions) == 1
+    assert turns.sessions.promised_tokens("d") > 0
+    assert turns.sessions.pauses.calibration.num_gone == 1
+    turns.now_s += IDLE_S + 1
+    turns.begin(hints=NAMED, decode="d2")
+    assert len(turns.sessions) == 2
+    turns.end(running)
 
 
 def test_the_session_that_was_used_last_is_forgotten_last() -> None:
-    sessions = Sessions(2, 1000)
+    turns = Turns(max_sessions=2)
     for name in ("a", "b", "a", "c"):
-        sessions.placed(name, placement("p", "d"))
-    assert [sessions.view(name) != SessionView() for name in ("a", "b", "c")] == [True, False, True]
+        turns.turn(hints=Hints(session=name), decode=f"on-{name}")
+    assert [turns.sessions.promised_tokens(f"on-{name}") > 0 for name in ("a", "b", "c")] == [True, False, True]
+    assert turns.sessions.pauses.calibration.num_gone == 0
 
 
 def test_tokens_are_bounded_over_all_sessions(hashed: list[int]) -> None:
-    sessions = Sessions(1000, 10 * B)
+    turns = Turns(max_tokens=12 * B)
     for name in ("a", "b", "c"):
-        sessions.hashes(name, PROMPT, B)
-    assert len(sessions) == 2
-    sessions.hashes("huge", list(range(100 * B)), B)
-    assert len(sessions) == 1
-    sessions.hashes("a", PROMPT, B)
-    assert (len(sessions), hashed[-1]) == (1, 5 * B)
+        turns.begin(hints=Hints(session=name))
+    assert len(turns.sessions) == 2
+    turns.begin(list(range(100 * B)), Hints(session="huge"))
+    assert len(turns.sessions) == 1
+    turns.begin(hints=Hints(session="a"))
+    assert (len(turns.sessions), hashed[-1]) == (1, 5 * B)
+
+
+def test_what_is_told_of_a_forgotten_session_changes_nothing() -> None:
+    turns = Turns(max_sessions=1)
+    turns.begin(hints=NAMED)
+    turns.begin(hints=Hints(session="other"), decode="d2")
+    turns.end("s")
+    turns.sessions.dropped("s", turns.now_s)
+    assert len(turns.sessions) == 1
+    assert turns.sessions.promised_tokens("d") == 0
