@@ -8,7 +8,7 @@ import time
 from array import array
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 
@@ -74,7 +74,11 @@ class SequenceRequest:
 
 @dataclass
 class Group:
-    """The choices of one prompt: they share a placement, a hand-off and a receipt."""
+    """The choices of one prompt: they share a placement, a hand-off and a receipt.
+
+    `session` is the one that it is a turn of; `tool` the one that its answer has called. With `awaits_response` its
+    turn ends when the response is over as well: only then it is known which tool that is.
+    """
 
     receipt_id: str
     num_choices: int
@@ -82,6 +86,9 @@ class Group:
     hints: Hints = field(default_factory=Hints)
     decide_s: float = 0.0
     rank_ms: int = 0
+    session: str | None = None
+    awaits_response: bool = False
+    tool: str | None = None
     placement: Placement | None = None
     receipt: Receipt | None = None
     leader_started: bool = False
@@ -151,7 +158,8 @@ class Orchestrator:
         wall_clock: Callable[[], float] = time.time,
         new_seed: Callable[[], int] = lambda: secrets.randbits(32),
     ):
-        self.cluster = Cluster(clock)
+        self._sessions = Sessions(MAX_SESSIONS, MAX_SESSION_TOKENS)
+        self.cluster = Cluster(clock, self._sessions.promised_tokens)
         self.cluster.expects_prefill = config.has_prefill_pool
         self.receipts = receipts
         self._transport = transport
@@ -162,7 +170,6 @@ class Orchestrator:
         self._clock = clock
         self._wall_clock = wall_clock
         self._new_seed = new_seed
-        self._sessions = Sessions(MAX_SESSIONS, MAX_SESSION_TOKENS)
         self._num_placed = 0
         self._sequences: dict[str, Sequence] = {}
         self._by_engine_id: dict[str, Sequence] = {}
@@ -210,6 +217,16 @@ class Orchestrator:
     ) -> Group:
         """`received_s` is when the prompt's HTTP request arrived, on the orchestrator's clock."""
         return Group(receipt_id, num_choices, self._clock() if received_s is None else received_s, hints or Hints())
+
+    def await_response(self, group: Group) -> None:
+        """`response_over` will be told of this group."""
+        group.awaits_response = True
+
+    def response_over(self, group: Group, tool: str | None) -> None:
+        """The client has its answer, or has left; `tool`: what the answer has called."""
+        group.awaits_response, group.tool = False, tool
+        if group.receipt is not None and self._has_ended(group):
+            self._end_turn(group)
 
     def add(self, request: SequenceRequest, group: Group) -> None:
         """Places a sequence and sets it going. Raises PlacementRejected; then nothing has been reserved."""
@@ -261,7 +278,11 @@ class Orchestrator:
     # -- placements
 
     def _place_group(self, request: SequenceRequest, group: Group, arrived_s: float) -> None:
-        session = group.hints.session
+        began_s = self._clock()
+        arrival = self._sessions.arrives(
+            group.hints, request.prompt_token_ids, self.cluster.block_size_tokens, request.cache_salt, began_s
+        )
+        group.session = arrival.name
         view = RequestView(
             request_id=group.receipt_id,
             num_prompt_tokens=len(request.prompt_token_ids),
@@ -271,20 +292,18 @@ class Orchestrator:
             hints=group.hints,
             waited_s=max(arrived_s - group.received_s, 0.0),
             number=self._num_placed,
-            session=self._sessions.view(session),
+            session=arrival.view,
         )
-        began_s = self._clock()
-        hashes = self._hashes(request, request.prompt_token_ids, session)
-        snapshot, seed = self.cluster.snapshot(hashes), self._new_seed()
+        snapshot, seed = self.cluster.snapshot(arrival.hashes), self._new_seed()
         placement = place(self._policy, view, snapshot, seed)
         if isinstance(placement, Rejection):
-            raise PlacementRejected(placement)
+            self._reject(group, placement)
         self._num_placed += 1
         admission = admit(view, placement, snapshot, self._config.admission)
         group.decide_s = self._clock() - began_s
         if isinstance(admission, Rejection):
-            raise PlacementRejected(admission)
-        self._sessions.placed(session, placement)
+            self._reject(group, admission)
+        self._sessions.placed(arrival.name, placement)
         prediction = predict(view, placement, snapshot)
         group.rank_ms = rank_ms(view, self._wall_clock() - view.waited_s, prediction.read_s)
         group.placement = placement
@@ -304,6 +323,10 @@ class Orchestrator:
         )
         self.receipts.put(group.receipt)
 
+    def _reject(self, group: Group, rejection: Rejection) -> NoReturn:
+        self._sessions.dropped(group.session, self._clock())
+        raise PlacementRejected(rejection)
+
     def _shadow_placement(self, view: RequestView, snapshot: ClusterSnapshot, seed: int) -> Placement | None:
         """What the shadow policy would have decided. Whatever becomes of it, the request goes on."""
         if self._shadow is None:
@@ -320,7 +343,7 @@ class Orchestrator:
         request, group = sequence.request, sequence.group
         if not self.cluster.pool(Phase.DECODE, ready_only=True):
             return False
-        session = group.hints.session
+        session = group.session
         carried = sequence.carried
         prompt_token_ids = request.prompt_token_ids + carried.tolist()
         view = RequestView(
@@ -332,7 +355,10 @@ class Orchestrator:
             number=self._num_placed,
             session=self._sessions.view(session),
         )
-        everyone = self.cluster.snapshot(self._hashes(request, prompt_token_ids, session))
+        hashes: list[bytes] = []
+        if block_size_tokens := self.cluster.block_size_tokens:
+            hashes = self._sessions.hashes(session, prompt_token_ids, block_size_tokens, request.cache_salt)
+        everyone = self.cluster.snapshot(hashes)
         for snapshot in (everyone.without(sequence.state.lost), everyone):
             seed = self._new_seed()
             placement = place(self._policy, view, snapshot, seed)
@@ -348,12 +374,6 @@ class Orchestrator:
                 self._advance(sequence, lifecycle.Placed(placement.prefill, placement.decode))
                 return True
         return False
-
-    def _hashes(self, request: SequenceRequest, token_ids: list[int], session: str | None) -> list[bytes]:
-        """Of the full blocks of a prompt, to look for replicas that have them cached."""
-        if not (block_size_tokens := self.cluster.block_size_tokens):
-            return []
-        return self._sessions.hashes(session, token_ids, block_size_tokens, request.cache_salt)
 
     def _note(self, group: Group, decision: Decision) -> None:
         assert group.receipt is not None
@@ -443,14 +463,28 @@ class Orchestrator:
         self._leave_placement(sequence)
         if sequence.state.leads:
             self._start_others(group)
-        if all(s.state.stage is Stage.DONE for s in group.sequences):
+        if self._has_ended(group):
             assert group.receipt is not None
             receipt = dataclasses.replace(group.receipt, outcome=self._outcome(group))
             if receipt.outcome.status == "finished":
                 self.cluster.answered(receipt.outcome.output_tokens // len(group.sequences))
+            group.receipt = receipt
             self.receipts.put(receipt)
+            if not group.awaits_response:
+                self._end_turn(group)
             self._on_closed(receipt)
         self._membership.let_go_of_leavers()
+
+    @staticmethod
+    def _has_ended(group: Group) -> bool:
+        return all(sequence.state.stage is Stage.DONE for sequence in group.sequences)
+
+    def _end_turn(self, group: Group) -> None:
+        assert group.receipt is not None
+        times = group.receipt.outcome.times_ms
+        service_ms = (times.prefill_compute or 0.0) + (times.decode_compute or 0.0) + (times.decode or 0.0)
+        written = group.sequences[0].written
+        self._sessions.ended(group.session, self._clock(), written, service_ms / 1000, group.tool)
 
     def _start_others(self, group: Group) -> None:
         if group.leader_started:

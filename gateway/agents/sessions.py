@@ -39,7 +39,7 @@ class _Pause:
 
 @dataclass(slots=True)
 class _Session:
-    """`num_running` of its turns have arrived and not ended. `promise`: where how many tokens are kept for its next
+    """`num_running` of its turns have arrived and not ended. `promises`: where how many tokens are kept for its next
     turn."""
 
     agent: str | None = None
@@ -57,7 +57,7 @@ class _Session:
     is_last: bool = False
     return_probability: float = 0.0
     output_tokens: float | None = None
-    promise: Promise | None = None
+    promises: tuple[Promise, ...] = ()
 
 
 class Sessions:
@@ -100,8 +100,8 @@ class Sessions:
         return prompt.hashes_of(packed(token_ids), block_size_tokens, salt)
 
     def promised_tokens(self, replica_id: str) -> float:
-        """Of sessions that run or pause and whose last turn was decoded there: the tokens that they will want back,
-        times the probability that they come back."""
+        """Of sessions that run or pause and whose last turn was prefilled or decoded there: the tokens that they will
+        want back, times the probability that they come back."""
         return self._promises.tokens(replica_id)
 
     # -- the life of a turn
@@ -258,10 +258,12 @@ class Sessions:
         )
 
     def _promise(self, session: _Session, num_tokens: int) -> None:
-        kept = 0 if session.is_last else round(num_tokens * session.return_probability)
-        promise = Promise(session.decode, kept) if session.decode is not None and kept else None
-        self._promises.replace(session.promise, promise)
-        session.promise = promise
+        """`num_tokens` are on the decode replica; prefill has the prompt of them."""
+        share = 0.0 if session.is_last else session.return_probability
+        kept = ((session.prefill, session.prompt.num_tokens), (session.decode, num_tokens))
+        promises = tuple(Promise(name, round(number * share)) for name, number in kept if name is not None)
+        self._promises.replace(session.promises, promises)
+        session.promises = promises
 
     def _set_tips(self, name: str, session: _Session, tips: list[bytes]) -> None:
         for tip in session.tips:
@@ -290,7 +292,7 @@ class Sessions:
     def _forget(self, name: str, now_s: float) -> None:
         session = self._sessions.pop(name)
         self._num_tokens -= session.prompt.num_tokens
-        self._promises.replace(session.promise, None)
+        self._promises.replace(session.promises, ())
         self._set_tips(name, session, [])
         self._beginnings.replace(session.mark, [], name)
         session.member.leave()

@@ -21,8 +21,8 @@ class Failure:
 class RequestContext:
     """One HTTP request. `received_s` is monotonic time, `hints` come from its headers. `num_groups` counts the prompts
     it has placed, each with a receipt of its own; `answering` says that an engine has begun to answer, `failure` that
-    the request failed before. `tool_called` is the tool that the answer calls; `ended`, where it is set, is told so
-    once, when the response is over, however it ends.
+    the request failed before. `tool_called` is the tool that the answer calls; those of `on_end` are told so once, when
+    the response is over, however it ends.
     """
 
     request_id: str
@@ -33,7 +33,7 @@ class RequestContext:
     answering: bool = False
     num_groups: int = 0
     tool_called: str | None = None
-    ended: Callable[[str | None], None] | None = None
+    on_end: list[Callable[[str | None], None]] = field(default_factory=list[Callable[[str | None], None]])
 
     def next_receipt_id(self) -> str:
         """The first prompt's receipt has the request's own id; further prompts add -1, -2, ..."""

@@ -70,7 +70,11 @@ class ClusterCoreClient(EngineCoreClient):
         http = context.current.get()
         receipt_id = http.next_receipt_id() if http else uuid.uuid4().hex
         received_s, hints = (http.received_s, http.hints) if http else (None, None)
-        token = _group.set(self._orchestrator.new_group(receipt_id, num_choices, received_s, hints))
+        group = self._orchestrator.new_group(receipt_id, num_choices, received_s, hints)
+        if http:
+            self._orchestrator.await_response(group)
+            http.on_end.append(lambda tool: self._orchestrator.response_over(group, tool))
+        token = _group.set(group)
         try:
             yield
         finally:

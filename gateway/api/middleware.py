@@ -282,8 +282,8 @@ class ResponseStart:
         finally:
             with contextlib.suppress(ValueError):
                 context.current.reset(token)
-            if request.ended is not None:
-                request.ended(request.tool_called)
+            for told in request.on_end:
+                told(request.tool_called)
 
 
 def _is_certain(held: list[Message], request: context.RequestContext) -> bool:

@@ -408,7 +408,7 @@ def test_when_a_response_is_over_the_tool_that_it_calls_is_told_once(steps: list
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
             request = context.current.get()
             assert request is not None
-            request.answering, request.ended = True, told.append
+            request.answering, request.on_end = True, [told.append]
             for step in steps:
                 assert told == []
                 if isinstance(step, Exception):

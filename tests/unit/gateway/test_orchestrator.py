@@ -55,7 +55,8 @@ def test_the_receipt_predicts_what_the_engines_reuse(session: str | None) -> Non
                 assert receipt.outcome.reused_tokens == min(snapshot.cached(placement.prefill), len(prompt) - 1)
                 assert (snapshot.cached(placement.decode) > 0) is (turn > 0)
                 assert receipt.request.number == turn
-                assert (receipt.request.session is None) is (session is None)
+                assert receipt.request.session is not None, "it is recognised if it has no name"
+                assert receipt.request.session.num_turns == turn
                 prompt = prompt + answer.token_ids + OTHER_PROMPT[:BLOCK]
                 await rig.loads_are_told()
 
