@@ -1,6 +1,6 @@
 """Owns Baton's Prometheus metrics of this process: where requests' time went and what became of them."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import fields
 
 from prometheus_client import REGISTRY, Counter, Histogram, Metric
@@ -32,6 +32,12 @@ DEGRADED = Counter(
 PREDICTED_TTFT = Histogram(
     "baton_predicted_ttft_seconds", "The time to the first token that a prompt was taken with", buckets=BUCKETS_S
 )
+PREDICTION_ERROR = Histogram(
+    "baton_prediction_error_ratio",
+    "How far predictions of a placement were off, as a share of what happened",
+    ["what"],
+    buckets=(0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0, 10.0),
+)
 FAULTS = Counter("baton_faults", "Faults met by requests, whether the client noticed or not", ["kind"])
 REPLICAS_LOST = Counter("baton_replicas_lost", "Replicas that this gateway heard and lost, by how", ["phase", "cause"])
 GATEWAYS_GONE = Counter("baton_gateways_gone", "Other gateways that were there at one scrape and not at the next")
@@ -52,6 +58,8 @@ def count(receipt: Receipt) -> None:
     DEGRADED.inc(receipt.placement.degraded)
     if receipt.admission is not None:
         PREDICTED_TTFT.observe(receipt.admission.predicted_ttft_s)
+    for what, predicted, happened in _predictions(receipt):
+        PREDICTION_ERROR.labels(what).observe(abs(predicted - happened) / happened)
     for kind in outcome.fault_kinds:
         FAULTS.labels(kind).inc()
     if (shadow := receipt.shadow) is not None:
@@ -70,6 +78,20 @@ def count(receipt: Receipt) -> None:
     for stage in fields(Times):
         if (time_ms := getattr(outcome.times_ms, stage.name)) is not None:
             STAGE.labels(stage.name).observe(time_ms / 1000)
+
+
+def _predictions(receipt: Receipt) -> Iterator[tuple[str, float, float]]:
+    """What was predicted and what happened, where both are known."""
+    predicted, outcome = receipt.predicted, receipt.outcome
+    if predicted is None or outcome.status != "finished" or outcome.fault_kinds:
+        return
+    if outcome.ttft_ms:
+        yield "ttft", receipt.request.waited_s + predicted.ttft_s, outcome.ttft_ms / 1000
+    if outcome.times_ms.decode and outcome.output_tokens > receipt.request.num_choices:
+        num_steps = outcome.output_tokens / receipt.request.num_choices - 1
+        yield "tpot", predicted.tpot_s, outcome.times_ms.decode / 1000 / num_steps
+    if outcome.reused_tokens:
+        yield "cached_tokens", predicted.cached_tokens, outcome.reused_tokens
 
 
 def count_rejection(rejection: Rejection, priority: Priority) -> None:

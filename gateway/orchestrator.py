@@ -22,12 +22,14 @@ from engine.protocol import (
     WorkerReport,
 )
 from gateway import lifecycle
+from gateway.agents.pauses import Calibration
 from gateway.agents.sessions import Sessions
 from gateway.cluster import Cluster, Replica
 from gateway.lifecycle import SequenceState, Stage
 from gateway.membership import Loss, Membership, MembershipConfig
 from gateway.outcome import Attempt, GroupTimes, History, blocks_moved, facts_for_client, outcome
 from gateway.routing.admission import AdmissionConfig, admit
+from gateway.routing.costs import Costs
 from gateway.routing.order import rank_ms
 from gateway.routing.policies import Policy, place
 from gateway.routing.predict import predict
@@ -139,6 +141,15 @@ class OrchestratorConfig:
     recovery_timeout_s: float = 120.0
     drop_logprobs: Callable[[bytes, int], bytes] = lambda logprobs, num_tokens: logprobs
     admission: AdmissionConfig = field(default_factory=AdmissionConfig)
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """What the gateway knows by experience: what work costs, how well pauses are predicted, how many sessions."""
+
+    costs: Costs
+    pauses: Calibration
+    num_sessions: int
 
 
 class Orchestrator:
@@ -275,6 +286,10 @@ class Orchestrator:
     def num_in_flight(self) -> int:
         return len(self._sequences)
 
+    @property
+    def learnt(self) -> Learnt:
+        return Learnt(self.cluster.costs, self._sessions.pauses.calibration, len(self._sessions))
+
     # -- placements
 
     def _place_group(self, request: SequenceRequest, group: Group, arrived_s: float) -> None:
@@ -289,6 +304,7 @@ class Orchestrator:
             max_tokens=request.max_tokens,
             num_choices=group.num_choices,
             needs_whole_prompt=request.needs_whole_prompt,
+            prefill_writes=request.resumable and group.num_choices == 1,
             hints=group.hints,
             waited_s=max(arrived_s - group.received_s, 0.0),
             number=self._num_placed,
@@ -351,6 +367,7 @@ class Orchestrator:
             num_prompt_tokens=len(prompt_token_ids),
             max_tokens=request.max_tokens - len(carried),
             needs_whole_prompt=request.needs_whole_prompt,
+            prefill_writes=sequence.prefill_writes,
             hints=group.hints,
             number=self._num_placed,
             session=self._sessions.view(session),

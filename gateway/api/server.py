@@ -190,6 +190,7 @@ def _add_baton_routes(app: FastAPI, config: ServerConfig, orchestrator: Orchestr
                 "gateway": peers.own_id,
                 "gateways": peers.members(),
                 "pools": pools,
+                "learnt": msgspec.to_builtins(orchestrator.learnt),
             }
         )
 

@@ -42,7 +42,10 @@ def predict(request: RequestView, placement: Placement, snapshot: ClusterSnapsho
         decode.in_flight_requests + request.num_choices,
         decode.in_flight_tokens + request.num_prompt_tokens + output_tokens / 2,
     )
-    return Prediction(cached_tokens, wait_s, read_s, handoff_s, wait_s + read_s, tpot_s, output_tokens)
+    ttft_s = wait_s + read_s
+    if handoff_s is not None and not request.prefill_writes:
+        ttft_s += handoff_s + tpot_s
+    return Prediction(cached_tokens, wait_s, read_s, handoff_s, ttft_s, tpot_s, output_tokens)
 
 
 def _view(pool: tuple[ReplicaView, ...], replica_id: str) -> ReplicaView:

@@ -129,7 +129,8 @@ class ClusterSnapshot:
 class RequestView:
     """What a policy may know of a request.
 
-    `needs_whole_prompt`: the engine that answers must read the prompt itself. `waited_s`: since the HTTP request came.
+    `needs_whole_prompt`: the engine that answers must read the prompt itself. `prefill_writes`: a prefill replica writes
+    the first token of the answer (docs/adr/0010). `waited_s`: since the HTTP request came.
     `number` counts the placements that this gateway has decided. `session` is None for a turn of none.
     """
 
@@ -138,6 +139,7 @@ class RequestView:
     max_tokens: int
     num_choices: int = 1
     needs_whole_prompt: bool = False
+    prefill_writes: bool = False
     hints: Hints = Hints()
     waited_s: float = 0.0
     number: int = 0

@@ -1110,3 +1110,58 @@ def test_no_load_and_no_fault_loses_a_token_or_a_block(
                 await asyncio.sleep(CONFIG.lease_s)
 
     simulate(main)
+
+
+# -- what is learnt
+
+
+def test_costs_are_learnt_from_reports_and_predict_what_happens() -> None:
+    async def main() -> None:
+        async with Rig(prefill=1, decode=1) as rig:
+            for number in range(60):
+                prompt = [number, *PROMPT]
+                request_id = rig.add(prompt, 6, group=rig.orchestrator.new_group(f"n{number}", 1))
+                await rig.finished(request_id)
+            learnt = rig.orchestrator.learnt
+            latency, receipt = CONFIG.latency, rig.receipt("n59")
+            new = len(PROMPT) + 1
+            assert learnt.costs.prefill.read.seconds(new, new) == pytest.approx(latency.step_s(new, 0), rel=0.1)
+            assert learnt.costs.decode.step.seconds(1, 50) == pytest.approx(latency.step_s(0, 1), rel=0.1)
+            assert learnt.costs.output_tokens < 110, "answers have 6 tokens, and 256 is where it begins"
+            assert receipt.predicted is not None
+            assert receipt.outcome.ttft_ms is not None
+            assert receipt.predicted.ttft_s == pytest.approx(receipt.outcome.ttft_ms / 1000, rel=0.2)
+            error = learnt.costs.prefill.read.error
+            assert error is not None
+            assert error < 0.2
+
+    simulate(main)
+
+
+def test_a_turn_ends_when_the_response_is_over_and_the_pause_is_learnt() -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            for turn in range(3):
+                group = rig.orchestrator.new_group(f"t{turn}", 1, hints=Hints(session="s", agent="a"))
+                rig.orchestrator.await_response(group)
+                await rig.finished(rig.add(PROMPT, 6, group=group))
+                assert rig.orchestrator.learnt.pauses.num_returned == turn, "it is learnt when the next turn comes"
+                rig.orchestrator.response_over(group, "search")
+                await asyncio.sleep(2.0)
+            assert rig.receipt("t2").request.session is not None
+            assert rig.orchestrator.learnt.num_sessions == 1
+
+    simulate(main)
+
+
+def test_a_refused_request_leaves_no_session_behind() -> None:
+    async def main() -> None:
+        async with Rig(prefill=1, decode=1) as rig:
+            rig.transport.remove("decode-0")
+            await until(lambda: not rig.orchestrator.cluster.pool(Phase.DECODE, ready_only=True), "decode is gone")
+            group = rig.orchestrator.new_group("r", 1, hints=Hints(session="s"))
+            with pytest.raises(PlacementRejected):
+                rig.add(PROMPT, 6, group=group)
+            assert rig.orchestrator.learnt.num_sessions == 0
+
+    simulate(main)

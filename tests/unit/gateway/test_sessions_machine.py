@@ -39,9 +39,9 @@ class Machine(RuleBasedStateMachine):
         assert (arrival.name is None) == (arrival.view is None)
         return arrival.name, prompt
 
-    @rule(turn=turns, decode=st.sampled_from(["d1", "d2"]))
-    def placed(self, turn, decode):
-        self.sessions.placed(turn[0], Placement(None, decode, "policy", "reason"))
+    @rule(turn=turns, prefill=st.sampled_from([None, "p1", "p2"]), decode=st.sampled_from(["d1", "d2"]))
+    def placed(self, turn, prefill, decode):
+        self.sessions.placed(turn[0], Placement(prefill, decode, "policy", "reason"))
 
     @rule(turn=turns, num_written=st.integers(0, 10), tool=st.sampled_from([None, "t", "u"]))
     def ended(self, turn, num_written, tool):
