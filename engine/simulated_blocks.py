@@ -42,6 +42,9 @@ class BlockPool:
             hits.append(block)
         return hits
 
+    def has_room(self, num_new: int) -> bool:
+        return self.num_used + num_new <= self.num_blocks
+
     def take(self, hits: list[Block], num_new: int) -> list[Block] | None:
         """References `hits` and `num_new` blank blocks; None, and nothing taken, if they do not fit."""
         num_idle_hits = sum(not block.references for block in hits)
