@@ -358,9 +358,10 @@ class SimulatedEngine:
     def unpin(self, handoff: KVHandoff) -> list[bytes]:
         """Frees the blocks of a hand-off; returns what they held."""
         blocks = self._pinned.pop(handoff.source_request_id).blocks
+        contents = [block.content for block in blocks]
         self._pool.give_back(blocks)
         self._wake.set()
-        return [block.content for block in blocks]
+        return contents
 
     # -- one step after the other
 
