@@ -577,6 +577,91 @@ def _say_start_failed(console: Console, error: Exception) -> None:
     console.print(f"[bold red]does not start:[/] {escape(str(error))}\n{escape(tail)}", soft_wrap=True)
 
 
+@app.command()
+def replay(
+    traces: Annotated[list[Path], typer.Argument(help="Files or folders of recorded traces (bench/trace_files.py).")],
+    policies: Annotated[str, typer.Option(help="Comma-separated; default: all.")] = "",
+    shapes: Annotated[str, typer.Option(help="PREFILLxDECODE or aggregated-N, comma-separated.")] = "2x2,aggregated-4",
+    seeds: Annotated[str, typer.Option(help="Comma-separated; each decides who arrives when.")] = "",
+    load: Annotated[str, typer.Option(help="Loads to compare at, of the best other policy's goodput.")] = "0.25,1",
+    rates: Annotated[str, typer.Option(help="Trajectories per second to compare at instead; no goodput then.")] = "",
+    of_bound: Annotated[str, typer.Option(help="The same, as shares of the oracle's bound.")] = "",
+    turns: Annotated[int | None, typer.Option(min=10, help="Turns of the measured cohort, about.")] = None,
+    model: Annotated[str, typer.Option(help="GPU and model (engine/roofline.py).")] = "qwen3-coder-30b-a3b-fp8-h100",
+    shards: Annotated[int, typer.Option(min=1, help="Processes; each takes a core.")] = 2,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything that was measured here.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the figures into this HTML file.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A short cohort, one seed.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Exit 1 where a target is missed.")] = False,
+) -> None:
+    """Replay recorded agent sessions through the orchestrator and workers that ship, in virtual time over simulated GPUs."""
+    console = _console()
+    from bench.replay_experiment import Experiment as ReplayExperiment
+    from bench.replay_plan import Shape
+    from bench.replay_plot import draw as draw_replay
+    from bench.replay_report import ReplayPlan, ReplayReport, goodput_table, run_tables, targets
+    from bench.replay_report import write_json as write_replay_json
+    from bench.traces import TraceError
+    from engine.roofline import ROOFLINES
+    from gateway.routing.policies import POLICIES
+
+    if unknown := [name for name in _names(policies) if name not in POLICIES]:
+        _fail(f"--policies names {', '.join(unknown)}; there are {', '.join(POLICIES)}")
+    if model not in ROOFLINES:
+        _fail(f"--model is {model!r}; there are {', '.join(ROOFLINES)}")
+    try:
+        parsed = tuple(Shape.parse(name) for name in _names(shapes))
+    except ValueError as error:
+        _fail(f"--shapes: {error}")
+    if len({shape.num_gpus for shape in parsed}) > 1:
+        _fail(f"--shapes is {shapes!r}; shapes are compared, so give all the same number of GPUs")
+    plan = ReplayPlan(
+        tuple(str(path) for path in traces),
+        _names(policies) or tuple(POLICIES),
+        parsed,
+        tuple(int(seed) for seed in _reals(seeds, "--seeds")) or ((0,) if quick else (0, 1)),
+        model,
+        turns or (400 if quick else 2500),
+        _reals(load, "--load"),
+        _reals(rates, "--rates"),
+        _reals(of_bound, "--of-bound"),
+        shards,
+    )
+
+    def save(report: ReplayReport) -> None:
+        if json_file is not None:
+            write_replay_json(report, json_file)
+
+    try:
+        experiment = ReplayExperiment(
+            plan, gather_setting(), lambda words: console.print(escape(words), soft_wrap=True), save
+        )
+    except (TraceError, OSError) as error:
+        _fail(str(error))
+    _interrupt_once()
+    try:
+        experiment.run()
+    except KeyboardInterrupt:
+        console.print("[yellow]interrupted; the runs that had not ended are left out[/]")
+    report = experiment.report
+    for trace in report.traces:
+        console.print(
+            f"{trace.path}: {trace.num_trajectories:,} trajectories, {trace.num_turns:,} turns ({trace.num_cut_turns} cut "
+            f"off), bound {trace.bound_per_gpu_s * 60:.3g} trajectories per minute and GPU",
+            soft_wrap=True,
+        )
+    if report.goodputs:
+        console.print(goodput_table(report))
+    for table in run_tables(report):
+        console.print(table)
+    for failure in report.failed:
+        console.print(f"[red]failed:[/] {escape(str(failure.plan))}: {escape(failure.error)}", soft_wrap=True)
+    if plot is not None:
+        draw_replay(report, plot)
+    missed = _num_missed(console, targets(plan), report) if check else 0
+    _end(report.complete, missed or report.failed)
+
+
 def _num_missed(console: Console, targets: Iterable[ReportTarget[R]], report: R) -> int:
     """How many targets a report misses, after a line for each."""
     missed = 0
@@ -646,6 +731,16 @@ def _numbers(text: str, option: str) -> tuple[int, ...]:
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
         _fail(f"{option} is {text!r}; give positive numbers with commas between them, e.g. 1,8,32")
     return tuple(int(part) for part in parts)
+
+
+def _reals(text: str, option: str) -> tuple[float, ...]:
+    try:
+        numbers = tuple(float(part) for part in _names(text))
+    except ValueError:
+        numbers = (-1.0,)
+    if not all(0 <= number < float("inf") for number in numbers):
+        _fail(f"{option} is {text!r}; give numbers with commas between them, e.g. 0.25,1")
+    return numbers
 
 
 def _fail(message: str) -> NoReturn:

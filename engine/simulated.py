@@ -7,7 +7,7 @@ import asyncio
 import hashlib
 import math
 from array import array
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from engine.blocks import block_hashes
+from engine.latency import Latency, LatencyModel, StepWork
 from engine.load import Ledger, Pace
 from engine.protocol import (
     BlockChanges,
@@ -36,33 +37,10 @@ from engine.simulated_blocks import Block, BlockPool
 LONGEST_SILENCE_S = 0.5
 """While it holds requests it tells a step at least this often, as vLLM's engine does; one computes longer than that."""
 
+REMEMBERED_HASHES = 256
+"""Prompts that were hashed by one engine and not yet taken by another."""
+
 CLOCK_TOLERANCE_S = 1e-6  # timers may fire a rounding error early; a deadline this near has passed
-
-
-@dataclass(frozen=True)
-class LatencyModel:
-    """How long steps and hand-offs take: straight lines. It is a model and not a measurement.
-
-    A sequence that computes more than one token in a step counts as prefill there, otherwise as decode. Between two of
-    its tokens a sequence rests until `decode_interval_s` is over: many streams then share the steps evenly, and each
-    is as slow as a client sees it at a large engine.
-    """
-
-    prefill_s_per_token: float
-    prefill_fixed_s: float
-    decode_step_s: float
-    decode_s_per_request: float
-    handoff_fixed_s: float
-    handoff_s_per_block: float
-    decode_interval_s: float = 0.0
-
-    def step_s(self, num_prefill_tokens: int, num_decode_requests: int) -> float:
-        prefill_s = self.prefill_fixed_s + self.prefill_s_per_token * num_prefill_tokens if num_prefill_tokens else 0.0
-        decode_s = self.decode_step_s + self.decode_s_per_request * num_decode_requests if num_decode_requests else 0.0
-        return prefill_s + decode_s
-
-    def handoff_s(self, num_blocks: int) -> float:
-        return self.handoff_fixed_s + self.handoff_s_per_block * num_blocks
 
 
 @dataclass(frozen=True)
@@ -84,7 +62,14 @@ class TokenRule:
 
 @dataclass(frozen=True)
 class SimulatedEngineConfig:
-    """`seed` and `token_rule` stand for the weights: engines that hand over to each other share them."""
+    """`seed` and `token_rule` stand for the weights: engines that hand over to each other share them.
+
+    `max_leap_steps`: while a batch only decodes, up to so many steps are waited for at once and told as one. What
+    happens when does not change by it, only that tokens are told up to LONGEST_SILENCE_S after they were written; a
+    call ends a leap with the step under way. One whose prompt waits for free blocks finds only at the end of a leap
+    that the batch has cached some of it. `keeps_content`: without, blocks hold nothing and an answer's tokens follow
+    from their positions alone, which costs less for long prompts. Both need a token rule that no token stops or times.
+    """
 
     model: str
     max_model_len: int
@@ -93,10 +78,12 @@ class SimulatedEngineConfig:
     max_num_seqs: int
     max_num_batched_tokens: int
     seed: int
-    latency: LatencyModel
+    latency: Latency
     token_rule: TokenRule = TokenRule()
     lease_s: float = 30.0
     kv_block_bytes: int = 65_536
+    max_leap_steps: int = 1
+    keeps_content: bool = True
 
     def __post_init__(self) -> None:
         if min(self.block_size_tokens, self.max_num_seqs, self.max_num_batched_tokens) < 1:
@@ -105,6 +92,13 @@ class SimulatedEngineConfig:
             raise ValueError(
                 f"{self.num_kv_blocks} KV blocks of {self.block_size_tokens} tokens cannot hold one request of "
                 f"max_model_len {self.max_model_len}; raise num_kv_blocks"
+            )
+        rule = self.token_rule
+        is_plain = not rule.stop_token_ids and rule.clock_tick_s is None and not self.latency.decode_interval_s
+        if (self.max_leap_steps > 1 or not self.keeps_content) and not is_plain:
+            raise ValueError(
+                "max_leap_steps above 1 and keeps_content=False need a token rule without stop tokens and clock, and a "
+                "latency without decode_interval_s"
             )
 
 
@@ -124,6 +118,7 @@ class SimulatedFabric:
     def __init__(self) -> None:
         self._engines: dict[str, SimulatedEngine] = {}
         self._num_joined = 0
+        self._hashed: OrderedDict[str, tuple[array[int], str | None, list[bytes]]] = OrderedDict()
 
     def join(self, engine: "SimulatedEngine") -> bytes:
         """Registers an engine; returns the hand-off parameters that tell it from an earlier one of the same id."""
@@ -142,6 +137,17 @@ class SimulatedFabric:
         """The living engine that still keeps the blocks of this hand-off."""
         engine = self._engines.get(handoff.source_replica)
         return engine if engine and engine.keeps(handoff) else None
+
+    def remember_hashes(self, request: EngineRequest, tokens: "array[int]", hashes: list[bytes]) -> None:
+        """Saves the engine that goes on with this prompt the time to hash it again."""
+        self._hashed[request.request_id] = tokens, request.cache_salt, hashes
+        while len(self._hashed) > REMEMBERED_HASHES:
+            self._hashed.popitem(last=False)
+
+    def take_hashes(self, request: EngineRequest, tokens: "array[int]") -> list[bytes]:
+        """Those of the prompt's first blocks, if another engine has hashed it under the same id."""
+        known, salt, hashes = self._hashed.pop(request.request_id, (None, None, []))
+        return list(hashes) if known and salt == request.cache_salt and tokens[: len(known)] == known else []
 
 
 @dataclass(eq=False, slots=True)
@@ -176,6 +182,16 @@ class _Sequence:
         return self.hashes
 
 
+@dataclass(slots=True)
+class _Leap:
+    """Steps under way that only decode. `ends_s` is when each one ends, in loop time; `num_done` are computed."""
+
+    batch: list[_Sequence]
+    began_s: float
+    ends_s: list[float]
+    num_done: int = 0
+
+
 @dataclass
 class _Pinned:
     """The blocks of a hand-off; `lease_end_s` is loop time."""
@@ -185,8 +201,9 @@ class _Pinned:
 
 
 class SimulatedEngine:
-    """Steps like vLLM's V1 scheduler: running sequences first, chunked prefill, FIFO admission of prompts whose blocks
-    fit, preemption of the youngest sequence when blocks run out. `priority` and `sampling` are ignored.
+    """Steps like vLLM's V1 scheduler with its priority policy: running sequences first, chunked prefill, admission of
+    prompts whose blocks fit in the order of `priority` (lower first) and arrival, preemption of the youngest sequence of
+    the highest `priority` when blocks run out. `sampling` is ignored.
 
     It needs a running event loop and lives on its clock, which may be a virtual one.
     """
@@ -221,6 +238,8 @@ class SimulatedEngine:
         self._num_event_gaps = 0
         self._load_read = self._load()
         self._is_step_due = False
+        self._leap: _Leap | None = None
+        self._busy_s = 0.0
         self._gone: str | None = None
         self._wake = asyncio.Event()
         self._goes_on = asyncio.Event()
@@ -245,6 +264,11 @@ class SimulatedEngine:
         """What the load really is, for whoever checks what it tells."""
         return self._load()
 
+    @property
+    def busy_s(self) -> float:
+        """For how long it has computed so far."""
+        return self._busy_s
+
     async def submit(self, request: EngineRequest) -> None:
         self._check_alive()
         sequence = _Sequence(request, self._checked_tokens(request), request.handoff)
@@ -253,10 +277,12 @@ class SimulatedEngine:
             source.renew_lease(request.handoff, held=True)
         self._live[request.request_id] = sequence
         self._ledger.began(request.request_id, len(request.prompt_token_ids))
-        self._waiting.append(sequence)
+        sequence.hashes = self._fabric.take_hashes(request, sequence.tokens)
+        self._queue(sequence, before_equals=False)
         self._wake.set()
 
     async def abort(self, request_ids: Sequence[str]) -> None:
+        self._catch_up()
         for request_id in request_ids:
             if sequence := self._live.pop(request_id, None):
                 self._ledger.ended(request_id)
@@ -332,9 +358,10 @@ class SimulatedEngine:
     def unpin(self, handoff: KVHandoff) -> list[bytes]:
         """Frees the blocks of a hand-off; returns what they held."""
         blocks = self._pinned.pop(handoff.source_request_id).blocks
+        contents = [block.content for block in blocks]
         self._pool.give_back(blocks)
         self._wake.set()
-        return [block.content for block in blocks]
+        return contents
 
     # -- one step after the other
 
@@ -346,15 +373,17 @@ class SimulatedEngine:
                 self._expire_leases()
                 self._finish_pulls()
                 if batch := self._schedule():
-                    num_prefill_tokens = sum(num_tokens for _, num_tokens in batch if num_tokens > 1)
-                    num_decodes = sum(num_tokens == 1 for _, num_tokens in batch)
-                    duration_s = self._config.latency.step_s(num_prefill_tokens, num_decodes)
-                    await asyncio.sleep(duration_s)
-                    await self._goes_on.wait()
-                    self._pace.stepped(duration_s, num_prefill_tokens)
-                    for sequence, num_tokens in batch:
-                        if self._live.get(sequence.request.request_id) is sequence:
-                            self._compute(sequence, num_tokens)
+                    work = StepWork.of([(num_tokens, sequence.num_computed) for sequence, num_tokens in batch])
+                    if (num_steps := self._num_leap_steps(batch)) > 1:
+                        await self._run_leap([sequence for sequence, _ in batch], work, num_steps)
+                    else:
+                        duration_s = self._config.latency.step_s(work)
+                        await asyncio.sleep(duration_s)
+                        await self._goes_on.wait()
+                        self._stepped(duration_s, work.num_prefill_tokens)
+                        for sequence, num_tokens in batch:
+                            if self._live.get(sequence.request.request_id) is sequence:
+                                self._compute(sequence, num_tokens)
                     self._tell_news()
                 else:
                     self._tell_news()
@@ -363,15 +392,78 @@ class SimulatedEngine:
             self._end(f"failed: {error!r}")
             raise
 
+    def _stepped(self, duration_s: float, num_prefill_tokens: int) -> None:
+        self._busy_s += duration_s
+        self._pace.stepped(duration_s, num_prefill_tokens)
+
+    def _num_leap_steps(self, batch: Sequence[tuple[_Sequence, int]]) -> int:
+        """How many steps are sure to compute just what this one does: one more token for each of the batch."""
+        num_steps = self._config.max_leap_steps
+        if num_steps == 1 or len(batch) < len(self._running):
+            return 1
+        for sequence, num_tokens in batch:
+            if num_tokens > 1 or sequence.num_uncomputed > 1 or not sequence.num_output:
+                return 1
+            left = sequence.request.max_tokens - sequence.num_output
+            num_steps = min(num_steps, left, self._config.max_model_len - len(sequence.tokens))
+        while num_steps > 1 and not self._pool.has_room(
+            sum(self._num_blocks(s.num_computed + num_steps) - len(s.blocks) for s, _ in batch)
+        ):
+            num_steps //= 2
+        return num_steps
+
+    async def _run_leap(self, batch: list[_Sequence], work: StepWork, max_steps: int) -> None:
+        """Computes up to so many steps; fewer when one ends after LONGEST_SILENCE_S, an arriving pull or a lease, or a
+        call comes."""
+        end_s = self._loop.time()
+        last_s = min((end_s + LONGEST_SILENCE_S, *self._next_ends_s()))
+        leap = _Leap(batch, end_s, [])
+        while len(leap.ends_s) < max_steps and end_s < last_s:
+            end_s += self._config.latency.step_s(work.after(len(leap.ends_s)))
+            leap.ends_s.append(end_s)
+        self._leap = leap
+        try:
+            async with asyncio.timeout_at(end_s):
+                await self._wake.wait()
+            now_s = self._loop.time()
+            await asyncio.sleep(next(s for s in leap.ends_s if s >= now_s - CLOCK_TOLERANCE_S) - now_s)
+        except TimeoutError:
+            pass
+        await self._goes_on.wait()
+        self._catch_up()
+        self._leap = None
+
+    def _catch_up(self) -> None:
+        """Computes the steps of a leap whose time is over."""
+        if (leap := self._leap) is None:
+            return
+        num_steps = 0
+        for index in range(leap.num_done, len(leap.ends_s)):
+            if not self._is_over(leap.ends_s[index]):
+                break
+            num_steps += 1
+        if not num_steps:
+            return
+        first, leap.num_done = leap.num_done, leap.num_done + num_steps
+        began_s = leap.ends_s[first - 1] if first else leap.began_s
+        self._busy_s += leap.ends_s[leap.num_done - 1] - began_s
+        for sequence in leap.batch:
+            if self._live.get(sequence.request.request_id) is not sequence:
+                continue
+            num_new = self._num_blocks(sequence.num_computed + num_steps) - len(sequence.blocks)
+            if num_new > 0:
+                new = self._pool.take([], num_new)
+                assert new is not None, "the leap was longer than its blocks"
+                sequence.blocks += new
+            self._write(sequence, num_steps)
+
     def _tell_news(self) -> None:
         self._block_news.set()
         self._news.set()
 
     async def _rest(self) -> None:
         """Waits for a call, an arriving pull, the end of a lease, a sequence that is due again, or long enough."""
-        ends = [s.pull_end_s for s in self._pulling] + [p.lease_end_s for p in self._pinned.values()]
-        ends += [s.due_s for s in self._running[:1]]
-        next_s = min(ends, default=math.inf)
+        next_s = min((*self._next_ends_s(), *(s.due_s for s in self._running[:1])), default=math.inf)
         silence_end_s = self._loop.time() + LONGEST_SILENCE_S if self._live else math.inf
         wake_s = min(next_s, silence_end_s)
         try:
@@ -379,6 +471,9 @@ class SimulatedEngine:
                 await self._wake.wait()
         except TimeoutError:
             self._is_step_due = self._is_step_due or silence_end_s < next_s
+
+    def _next_ends_s(self) -> list[float]:
+        return [s.pull_end_s for s in self._pulling] + [p.lease_end_s for p in self._pinned.values()]
 
     def _is_over(self, end_s: float) -> bool:
         return end_s <= self._loop.time() + CLOCK_TOLERANCE_S
@@ -388,19 +483,39 @@ class SimulatedEngine:
             self._pool.give_back(self._pinned.pop(request_id).blocks)
             self._num_leases_expired += 1
 
+    def _queue(self, sequence: _Sequence, before_equals: bool) -> None:
+        """Lets a sequence wait for admission, before or behind those of its own priority."""
+        priority, queue = sequence.request.priority, self._waiting
+        index = len(queue)
+        if before_equals:
+            while index and queue[index - 1].request.priority >= priority:
+                index -= 1
+        else:
+            while index and queue[index - 1].request.priority > priority:
+                index -= 1
+        queue.insert(index, sequence)
+
     def _schedule(self) -> list[tuple[_Sequence, int]]:
         """The step's batch: which sequences compute how many tokens."""
         batch: list[tuple[_Sequence, int]] = []
         budget = self._config.max_num_batched_tokens
-        while budget and len(batch) < len(self._running):
-            sequence = self._running[len(batch)]
+        index = 0
+        while budget and index < len(self._running):
+            sequence = self._running[index]
             if not self._is_over(sequence.due_s):
                 break
             num_tokens = min(budget, sequence.num_uncomputed)
-            if not self._make_room(sequence, num_tokens):
+            has_room, dropped = self._make_room(sequence, num_tokens)
+            for victim in dropped:
+                if scheduled := next((entry for entry in batch if entry[0] is victim), None):
+                    batch.remove(scheduled)
+                    budget += scheduled[1]
+                    index -= 1
+            if not has_room:
                 break
             batch.append((sequence, num_tokens))
             budget -= num_tokens
+            index += 1
         while budget and len(self._running) < self._config.max_num_seqs and (sequence := self._next_admitted()):
             num_tokens = min(budget, sequence.num_uncomputed)
             if sequence.scheduled_s is None:
@@ -410,30 +525,39 @@ class SimulatedEngine:
             budget -= num_tokens
         return batch
 
-    def _make_room(self, sequence: _Sequence, num_tokens: int) -> bool:
-        """Blocks for the next tokens, taken from the youngest sequences if need be; False if that is this one."""
+    def _make_room(self, sequence: _Sequence, num_tokens: int) -> tuple[bool, list[_Sequence]]:
+        """Blocks for the next tokens, taken from the last sequences of the highest priority if need be: those are told.
+        False if that comes to be this one."""
+        dropped: list[_Sequence] = []
         num_new = self._num_blocks(sequence.num_computed + num_tokens) - len(sequence.blocks)
         if num_new <= 0:
-            return True
+            return True, dropped
         while (new := self._pool.take([], num_new)) is None:
-            victim = self._running.pop()
+            # Of equals, max() finds the first.
+            victim = max(reversed(self._running), key=lambda running: running.request.priority)
+            self._running.remove(victim)
             self._pool.give_back(victim.blocks)
             victim.blocks, victim.num_computed, victim.context = [], 0, None
-            self._waiting.appendleft(victim)
+            self._queue(victim, before_equals=True)
+            dropped.append(victim)
             if victim is sequence:
-                return False
+                return False, dropped
         sequence.blocks += new
-        return True
+        return True, dropped
 
     def _next_admitted(self) -> _Sequence | None:
-        """The next sequence that may run, first of all one whose blocks have arrived. Starts pulls on the way."""
-        if self._pulled:
-            return self._pulled.popleft()
-        while self._waiting and self._allocate(self._waiting[0]):
-            sequence = self._waiting.popleft()
-            if sequence.handoff is None or not self._start_pull(sequence, sequence.handoff):
-                return sequence
-        return None
+        """The next sequence that may run; of equal priority first of all one whose blocks have arrived. Starts pulls on
+        the way."""
+        while self._waiting:
+            head = self._waiting[0]
+            if self._pulled and self._pulled[0].request.priority <= head.request.priority:
+                break
+            if not self._allocate(head):
+                break
+            self._waiting.popleft()
+            if head.handoff is None or not self._start_pull(head, head.handoff):
+                return head
+        return self._pulled.popleft() if self._pulled else None
 
     def _allocate(self, sequence: _Sequence) -> bool:
         """Blocks for all its tokens, cached ones first. The last token is always computed: the next comes from it."""
@@ -464,7 +588,10 @@ class SimulatedEngine:
     def _finish_pulls(self) -> None:
         for sequence in [s for s in self._pulling if self._is_over(s.pull_end_s)]:
             self._pulling.remove(sequence)
-            self._pulled.append(sequence)
+            index = len(self._pulled)
+            while index and self._pulled[index - 1].request.priority > sequence.request.priority:
+                index -= 1
+            self._pulled.insert(index, sequence)
             if sequence.handoff and (source := self._fabric.source(sequence.handoff)):
                 self._receive(sequence, sequence.handoff, source.unpin(sequence.handoff))
             else:
@@ -501,7 +628,7 @@ class SimulatedEngine:
         """Writes the KV of the next tokens, and the token after them if they are the last."""
         block_size, start = self._config.block_size_tokens, sequence.num_computed
         end, num_prompt_tokens = start + num_tokens, len(sequence.request.prompt_token_ids)
-        for position in range(start - start % block_size, end, block_size):
+        for position in range(start - start % block_size, end, block_size) if self._config.keeps_content else ():
             block, first = sequence.blocks[position // block_size], max(position, start)
             new = sequence.tokens[first : min(position + block_size, end)].tobytes()
             block.content = block.content[: (first - position) * sequence.tokens.itemsize] + new
@@ -509,14 +636,38 @@ class SimulatedEngine:
         self._advance(sequence, num_tokens)
         if sequence.num_uncomputed:
             return
+        if not self._config.keeps_content:
+            token = self._answer_tokens(sequence, 1)[0]
+            sequence.tokens.append(token)
+            self._tell(sequence, [token])
+            return
         # The answer follows from what the blocks hold, not from the request: another prompt's KV gives its answer.
         if sequence.context is None:
             sequence.context = _new_context(self._config.seed, [block.content for block in sequence.blocks])
         else:
             sequence.context.update(sequence.tokens[start:].tobytes())
-        self._append_token(sequence, self._config.token_rule.pick(sequence.context.digest(), self._loop.time()))
+        token = self._config.token_rule.pick(sequence.context.digest(), self._loop.time())
+        sequence.tokens.append(token)
+        self._tell(sequence, [token])
 
-    def _append_token(self, sequence: _Sequence, token: int) -> None:
+    def _write(self, sequence: _Sequence, num_steps: int) -> None:
+        """As many steps of decode at once; its blocks are there."""
+        if self._config.keeps_content:
+            for _ in range(num_steps):
+                self._compute(sequence, 1)
+            return
+        new = self._answer_tokens(sequence, num_steps)
+        sequence.tokens.extend(new)
+        self._advance(sequence, num_steps)
+        self._tell(sequence, new)
+
+    def _answer_tokens(self, sequence: _Sequence, num_tokens: int) -> list[int]:
+        vocabulary, first = self._config.token_rule.vocabulary, len(sequence.tokens)
+        return [vocabulary[position % len(vocabulary)] for position in range(first, first + num_tokens)]
+
+    def _tell(self, sequence: _Sequence, new: list[int]) -> None:
+        """Tells tokens that were written, and ends the sequence with them if they are its last. Several only of a rule
+        that no token stops."""
         request, facts, handoff, finish, times = sequence.request, None, None, None, None
         if not sequence.num_output:
             assert sequence.scheduled_s is not None
@@ -525,9 +676,9 @@ class SimulatedEngine:
             num_prompt, local = len(request.prompt_token_ids), sequence.num_local_cached
             external = sequence.num_external_cached
             facts = PrefillFacts(num_prompt, num_prompt - local - external, local, external)
-        sequence.tokens.append(token)
-        sequence.num_output += 1
-        self._ledger.wrote(request.request_id, 1)
+        token = new[-1]
+        sequence.num_output += len(new)
+        self._ledger.wrote(request.request_id, len(new))
         reads_only = request.phase is Phase.PREFILL and not request.sampling
         is_stop = not reads_only and token in self._config.token_rule.stop_token_ids
         if is_stop:
@@ -536,6 +687,7 @@ class SimulatedEngine:
             finish = FinishReason.LENGTH
         if finish is not None and request.phase is Phase.PREFILL:
             handoff = self._pin(sequence)
+            self._fabric.remember_hashes(request, sequence.tokens[: handoff.num_tokens], sequence.hashes)
         if finish is not None:
             self._running.remove(sequence)
             del self._live[request.request_id]
@@ -548,7 +700,7 @@ class SimulatedEngine:
             self._running.remove(sequence)
             self._running.append(sequence)
         stop_reason = token if is_stop else None
-        self._emit(TokenDelta(request.request_id, [token], finish, stop_reason, None, facts, handoff, times=times))
+        self._emit(TokenDelta(request.request_id, new, finish, stop_reason, None, facts, handoff, times=times))
 
     def _pin(self, sequence: _Sequence) -> KVHandoff:
         request_id, num_tokens = sequence.request.request_id, len(sequence.request.prompt_token_ids)
@@ -616,6 +768,7 @@ class SimulatedEngine:
     def _end(self, why: str) -> None:
         if self._gone is not None:
             return
+        self._catch_up()
         self._gone = f"the simulated engine of replica {self.replica_id} {why}"
         self._fabric.leave(self)
         for sequence in self._live.values():

@@ -25,6 +25,7 @@ class BlockPool:
         self.num_used = 0
         self._cached: dict[bytes, Block] = {}
         self._idle: OrderedDict[bytes, Block] = OrderedDict()
+        self._blank: list[Block] = []
         self._told: set[bytes] = set()
         self._changes = ChangeLog()
 
@@ -42,24 +43,33 @@ class BlockPool:
             hits.append(block)
         return hits
 
+    def has_room(self, num_new: int) -> bool:
+        return self.num_used + num_new <= self.num_blocks
+
     def take(self, hits: list[Block], num_new: int) -> list[Block] | None:
         """References `hits` and `num_new` blank blocks; None, and nothing taken, if they do not fit."""
         num_idle_hits = sum(not block.references for block in hits)
         if self.num_used + num_idle_hits + num_new > self.num_blocks:
             return None
         self.num_used += num_idle_hits + num_new
-        blocks = hits + [Block() for _ in range(num_new)]
-        for block in blocks:
-            if block.block_hash is not None and not block.references:
-                del self._idle[block.block_hash]
+        idle, blank = self._idle, self._blank
+        for block in hits:
+            if not block.references and block.block_hash is not None:
+                del idle[block.block_hash]
             block.references += 1
-        while self.num_used + len(self._idle) > self.num_blocks:
-            evicted, _ = self._idle.popitem(last=False)
+        for _ in range(self.num_used + len(idle) - self.num_blocks):
+            evicted, block = idle.popitem(last=False)
             del self._cached[evicted]
+            blank.append(block)
             if evicted in self._told:
                 self._told.remove(evicted)
                 self._changes.remove(evicted)
-        return blocks
+        # Blocks are used again: with long prompts, making them anew is most of what a simulation costs.
+        num_used_again = min(len(blank), num_new)
+        used_again, blank[len(blank) - num_used_again :] = blank[len(blank) - num_used_again :], []
+        for block in used_again:
+            block.block_hash, block.content, block.references = None, b"", 1
+        return [*hits, *used_again, *(Block(references=1) for _ in range(num_new - num_used_again))]
 
     def give_back(self, blocks: Sequence[Block]) -> None:
         for block in reversed(blocks):  # so that the end of a prompt is evicted before its beginning
@@ -69,6 +79,8 @@ class BlockPool:
                 self.num_used -= 1
                 if block.block_hash is not None:
                     self._idle[block.block_hash] = block
+                else:
+                    self._blank.append(block)
 
     def cache(self, block: Block, block_hash: bytes) -> None:
         """Lets a full, referenced block be found, unless another one of its hash can be."""

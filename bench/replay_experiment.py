@@ -1,0 +1,67 @@
+"""Owns the experiment `replay`: first every policy's goodput, then all of them at the same loads."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from bench.replay_plan import RunFigures, RunPlan
+from bench.replay_report import ReplayPlan, ReplayReport, TraceFigures, run_line
+from bench.replay_search import Failed, Goodput, Job, Result, bound_per_s, fitted, plans, spread
+from bench.results import Setting
+
+
+class Experiment:
+    """`report` is what there is so far, at any time."""
+
+    def __init__(
+        self, plan: ReplayPlan, setting: Setting, say: Callable[[str], None], save: Callable[[ReplayReport], None]
+    ):
+        """`say` is given a line as things go on, `save` the report whenever it has grown."""
+        self._plan = plan
+        self._say = say
+        self._save = save
+        self._runs = plans(plan.traces, plan.policies, plan.shapes, plan.seeds, plan.model, plan.turns)
+        self.report = ReplayReport(False, plan, setting, tuple(self._trace(path) for path in plan.traces))
+
+    def run(self) -> None:
+        """Raises KeyboardInterrupt."""
+        plan = self._plan
+        if plan.searches:
+            spread([Job(one, searches=True) for one in self._runs], plan.shards, self._take)
+        jobs = [Job(at, searches=False) for one in self._runs for at in self._at_fixed_loads(one)]
+        spread(jobs, plan.shards, self._take)
+        self.report = replace(self.report, complete=True)
+        self._save(self.report)
+
+    def _trace(self, path: str) -> TraceFigures:
+        trace = fitted(path, self._plan.model)
+        plan = next(one for one in self._runs if one.trace == path)
+        bound_per_gpu_s = bound_per_s(plan) / plan.shape.num_gpus
+        return TraceFigures(path, len(trace.trajectories), trace.num_turns, trace.num_cut_turns, bound_per_gpu_s)
+
+    def _at_fixed_loads(self, plan: RunPlan) -> list[RunPlan]:
+        if not self._plan.searches:
+            bound = self.report.bound_per_s(plan.trace)
+            loads = (*self._plan.shares_of_bound, *(rate / bound for rate in self._plan.rates_per_s))
+            return [replace(plan, rate_per_s=load * bound, load=load) for load in loads]
+        # Without any other policy, ours is what its own loads are measured by.
+        saturation = self.report.best_goodput_per_s(plan.trace, ours=False)
+        saturation = saturation or self.report.best_goodput_per_s(plan.trace, ours=True)
+        if not saturation:
+            return []
+        return [replace(plan, rate_per_s=load * saturation, load=load) for load in self._plan.loads]
+
+    def _take(self, result: Result) -> None:
+        report = self.report
+        match result:
+            case RunFigures():
+                self._say(run_line(result))
+                if result.plan.drains:
+                    self.report = replace(report, runs=(*report.runs, result))
+            case Goodput():
+                plan = result.plan
+                self._say(f"{plan.shape} {plan.policy} seed {plan.seed}: goodput {plan.rate_per_s * 60:.3g}/min")
+                self.report = replace(report, goodputs=(*report.goodputs, result))
+            case Failed():
+                self._say(f"{result.plan.shape} {result.plan.policy} seed {result.plan.seed} failed: {result.error}")
+                self.report = replace(report, failed=(*report.failed, result))
+        self._save(self.report)

@@ -1,0 +1,254 @@
+"""Owns what `bench replay` leaves behind: the report, what it says of Baton against the others, the JSON file, tables."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+from rich import box
+from rich.table import Table
+
+from bench.replay_plan import SLO, RunFigures, RunPlan, Shape
+from bench.replay_search import Failed, Goodput
+from bench.results import Setting, write_whole
+from bench.targets import ReportTarget
+
+OURS = "baton"
+HEADROOM = 0.25
+"""Of the best other policy's goodput: with so much load there is room for everybody."""
+SATURATION = 1.0
+HEADROOM_LIMIT = 1.02
+GAP_CLOSED = 0.5
+
+
+@dataclass(frozen=True)
+class TraceFigures:
+    """A trace as the model can hold it. `bound_per_gpu_s`: trajectories per second and GPU by the oracle."""
+
+    path: str
+    num_trajectories: int
+    num_turns: int
+    num_cut_turns: int
+    bound_per_gpu_s: float
+
+
+@dataclass(frozen=True)
+class ReplayPlan:
+    """What is replayed. `loads` are shares of the best other policy's goodput. `rates_per_s`, trajectories per
+    second, and `shares_of_bound` stand in their place: with either there is no search for the goodput."""
+
+    traces: tuple[str, ...]
+    policies: tuple[str, ...]
+    shapes: tuple[Shape, ...]
+    seeds: tuple[int, ...]
+    model: str
+    turns: int
+    loads: tuple[float, ...]
+    rates_per_s: tuple[float, ...]
+    shares_of_bound: tuple[float, ...]
+    shards: int
+
+    @property
+    def searches(self) -> bool:
+        return not (self.rates_per_s or self.shares_of_bound)
+
+
+@dataclass(frozen=True)
+class ReplayReport:
+    """`load` of a run of `runs` is of the saturation, that is the best other policy's goodput; without a search for the
+    goodput, of the oracle's bound."""
+
+    complete: bool
+    plan: ReplayPlan
+    setting: Setting
+    traces: tuple[TraceFigures, ...] = ()
+    goodputs: tuple[Goodput, ...] = ()
+    runs: tuple[RunFigures, ...] = ()
+    failed: tuple[Failed, ...] = field(default=())
+
+    def mean_goodput_per_s(self, trace: str, policy: str, shape: Shape) -> float | None:
+        """Over the seeds; None if none was searched for."""
+        found = [g.rate_per_s for g in self.goodputs if _is_of(g.plan, trace, policy, shape)]
+        return mean(found) if found else None
+
+    def best_goodput_per_s(self, trace: str, *, ours: bool) -> float | None:
+        """Over shapes, and over policies: ours alone, or all others."""
+        found = [
+            goodput
+            for policy in self.plan.policies
+            if (policy == OURS) == ours
+            for shape in self.plan.shapes
+            if (goodput := self.mean_goodput_per_s(trace, policy, shape)) is not None
+        ]
+        return max(found, default=None)
+
+    def bound_per_s(self, trace: str) -> float:
+        """Of the largest shape."""
+        return self.bound_per_gpu_s(trace) * max(shape.num_gpus for shape in self.plan.shapes)
+
+    def bound_per_gpu_s(self, trace: str) -> float:
+        return next(figures.bound_per_gpu_s for figures in self.traces if figures.path == trace)
+
+    def goodput_gap_closed(self, trace: str) -> float | None:
+        """Of the gap between the best other policy and the oracle's bound, the share that ours closes."""
+        ours, others = self.best_goodput_per_s(trace, ours=True), self.best_goodput_per_s(trace, ours=False)
+        if ours is None or others is None:
+            return None
+        return (ours - others) / (self.bound_per_s(trace) - others)
+
+    def cell(self, trace: str, load: float, policy: str, shape: Shape) -> list[RunFigures]:
+        """The runs of all seeds."""
+        return [run for run in self.runs if _is_of(run.plan, trace, policy, shape) and run.plan.load == load]
+
+    def best(self, trace: str, load: float, figure: Callable[[RunFigures], float], *, ours: bool) -> float | None:
+        """The lowest mean over the seeds of a figure, over shapes and over ours or all other policies."""
+        cells = [
+            self.cell(trace, load, policy, shape)
+            for policy in self.plan.policies
+            if (policy == OURS) == ours
+            for shape in self.plan.shapes
+        ]
+        means = [mean([figure(run) for run in cell]) for cell in cells if cell]
+        return min((value for value in means if not math.isnan(value)), default=None)
+
+    def session_gap_closed(self, trace: str) -> float | None:
+        """At saturation, in p99 session completion."""
+        ours = self.best(trace, SATURATION, lambda run: run.session_s.p99, ours=True)
+        others = self.best(trace, SATURATION, lambda run: run.session_s.p99, ours=False)
+        least = self.best(trace, SATURATION, lambda run: run.least_session_s.p99, ours=False)
+        if ours is None or others is None or least is None or others <= least:
+            return None
+        return (others - ours) / (others - least)
+
+    def headroom_ratio(self, trace: str) -> float | None:
+        """The worst of TTFT, turn time and session completion (means) at low load, over the best of the others."""
+        ratios: list[float] = []
+        for figure in (
+            lambda run: run.ttft_mean_s,
+            lambda run: run.turn_mean_s,
+            lambda run: run.session_mean_s,
+        ):
+            ours, others = (self.best(trace, HEADROOM, figure, ours=one) for one in (True, False))
+            if ours is None or others is None:
+                return None
+            ratios.append(ours / others)
+        return max(ratios)
+
+
+def _is_of(plan: RunPlan, trace: str, policy: str, shape: Shape) -> bool:
+    return plan.trace == trace and plan.policy == policy and plan.shape == shape
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def targets(plan: ReplayPlan) -> Iterator[ReportTarget[ReplayReport]]:
+    for path in plan.traces:
+        name = Path(path).name
+        yield ReportTarget(
+            f"{name}: gap to the bound closed in goodput",
+            lambda report, path=path: report.goodput_gap_closed(path),
+            GAP_CLOSED,
+            is_floor=True,
+        )
+        yield ReportTarget(
+            f"{name}: gap to the bound closed in p99 session completion at saturation",
+            lambda report, path=path: report.session_gap_closed(path),
+            GAP_CLOSED,
+            is_floor=True,
+        )
+        yield ReportTarget(
+            f"{name}: at {HEADROOM:.0%} load, the worst of TTFT, turn and session time over the best other's",
+            lambda report, path=path: report.headroom_ratio(path),
+            HEADROOM_LIMIT,
+        )
+
+
+def write_json(report: ReplayReport, path: Path) -> None:
+    write_whole(msgspec.json.format(msgspec.json.encode(report)), path)
+
+
+def run_line(figures: RunFigures) -> str:
+    """One run, while it goes on."""
+    plan = figures.plan
+    return (
+        f"{Path(plan.trace).name} {plan.shape} {plan.policy} seed {plan.seed} {plan.rate_per_s * 60:.3g}/min: "
+        f"{figures.slo_share:.1%} in SLO, TTFT {figures.ttft_s.p50:.2f}/{figures.ttft_s.p99:.1f} s, "
+        f"{figures.num_turns:,} of {figures.num_turns_in_all:,} turns, {figures.cpu_s:.0f} s CPU"
+    )
+
+
+def goodput_table(report: ReplayReport) -> Table:
+    table = Table(
+        title=f"Goodput: trajectories per minute with {SLO.share:.0%} of turns in SLO (TTFT {SLO.fixed_s:g} s + "
+        f"{SLO.per_cold_s:g} x cold, TPOT {SLO.tpot_s * 1000:g} ms), mean of seeds; and as a share of the bound",
+        box=box.SIMPLE_HEAD,
+    )
+    for column in ("trace", "shape"):
+        table.add_column(column)
+    for policy in report.plan.policies:
+        table.add_column(policy, justify="right")
+    table.add_column("bound", justify="right")
+    for trace in report.plan.traces:
+        for shape in report.plan.shapes:
+            bound = report.bound_per_gpu_s(trace) * shape.num_gpus
+            found = [report.mean_goodput_per_s(trace, policy, shape) for policy in report.plan.policies]
+            cells = ["-" if one is None else f"{one * 60:.3g} ({one / bound:.1%})" for one in found]
+            table.add_row(Path(trace).name, str(shape), *cells, f"{bound * 60:.3g}")
+    return table
+
+
+COLUMNS: tuple[tuple[str, Callable[[RunFigures], float], str], ...] = (
+    ("SLO", lambda run: run.slo_share, ".1%"),
+    ("TTFT mean s", lambda run: run.ttft_mean_s, ".2f"),
+    ("p50", lambda run: run.ttft_s.p50, ".2f"),
+    ("p90", lambda run: run.ttft_s.p90, ".1f"),
+    ("p99", lambda run: run.ttft_s.p99, ".1f"),
+    ("TPOT ms p50", lambda run: run.tpot_s.p50 * 1000, ".1f"),
+    ("p99", lambda run: run.tpot_s.p99 * 1000, ".1f"),
+    ("turn s mean", lambda run: run.turn_mean_s, ".2f"),
+    ("p99", lambda run: run.turn_s.p99, ".1f"),
+    ("session s mean", lambda run: run.session_mean_s, ",.0f"),
+    ("p50", lambda run: run.session_s.p50, ",.0f"),
+    ("p90", lambda run: run.session_s.p90, ",.0f"),
+    ("p99", lambda run: run.session_s.p99, ",.0f"),
+    ("no pauses p50", lambda run: run.busy_s.p50, ",.0f"),
+    ("p99", lambda run: run.busy_s.p99, ",.0f"),
+    ("slowdown p50", lambda run: run.slowdown.p50, ".2f"),
+    ("hit", lambda run: run.hit_rate, ".1%"),
+    ("of", lambda run: run.hit_rate_ceiling, ".1%"),
+    ("KV TB", lambda run: run.kv_moved_bytes / 1e12, ".2f"),
+    ("P busy", lambda run: run.prefill_busy, ".0%"),
+    ("D busy", lambda run: run.decode_busy, ".0%"),
+    ("refused", lambda run: run.num_refusals, ".0f"),
+)
+
+
+def run_tables(report: ReplayReport) -> Iterator[Table]:
+    """One for each trace and load."""
+    for trace in report.plan.traces:
+        for load in _loads(run.plan.load for run in report.runs if run.plan.trace == trace):
+            rates = sorted(
+                {run.plan.rate_per_s for run in report.runs if run.plan.trace == trace and run.plan.load == load}
+            )
+            table = Table(
+                title=f"{Path(trace).name} at {', '.join(f'{rate * 60:.3g}' for rate in rates)} trajectories per minute "
+                f"(load {load:.3g}), mean of seeds",
+                box=box.SIMPLE_HEAD,
+            )
+            table.add_column("shape")
+            table.add_column("policy")
+            for name, _, _ in COLUMNS:
+                table.add_column(name, justify="right")
+            for shape in report.plan.shapes:
+                for policy in report.plan.policies:
+                    if cell := report.cell(trace, load, policy, shape):
+                        values = [format(mean([figure(run) for run in cell]), style) for _, figure, style in COLUMNS]
+                        table.add_row(str(shape), policy, *values)
+            yield table
+
+
+def _loads(loads: Iterable[float]) -> list[float]:
+    return sorted(set(loads))

@@ -1,0 +1,180 @@
+"""Owns how the runs of a replay are chosen and spread over processes: the search for the goodput, then fixed loads."""
+
+import functools
+import multiprocessing
+import queue
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bench.oracle import Limits, capacity_per_s
+from bench.replay import run
+from bench.replay_plan import RunFigures, RunPlan, Shape
+from bench.trace_files import read
+from bench.traces import Trace, cut_trace
+from engine.roofline import ROOFLINES
+
+if TYPE_CHECKING:
+    from multiprocessing.queues import Queue
+
+POLL_S = 1.0
+FIRST_LOAD = 0.2
+"""Of the oracle's bound, where the search begins."""
+WIDEN = 1.6
+PRECISION = 1.05
+"""The goodput is known when a rate that keeps the service level and one that misses it are no further apart."""
+LOWEST_LOAD = 0.005
+
+
+@dataclass(frozen=True)
+class Goodput:
+    """The highest rate found at which enough turns keep the service level; 0 where none did. `plan.load` and
+    `plan.rate_per_s` are its own."""
+
+    plan: RunPlan
+    num_runs: int
+    cpu_s: float
+
+    @property
+    def rate_per_s(self) -> float:
+        return self.plan.rate_per_s
+
+
+@dataclass(frozen=True)
+class Job:
+    """`searches`: look for the goodput of the plan's policy, whatever its rate; else run it once."""
+
+    plan: RunPlan
+    searches: bool
+
+
+@dataclass(frozen=True)
+class Failed:
+    """What a run raised, or how its process ended."""
+
+    plan: RunPlan
+    error: str
+
+
+Result = Goodput | RunFigures | Failed
+
+
+@functools.cache
+def fitted(path: str, model: str) -> Trace:
+    """A trace as the model's context can hold it. Raises TraceError, OSError."""
+    return cut_trace(read(Path(path)), ROOFLINES[model].model.max_model_len)
+
+
+def bound_per_s(plan: RunPlan) -> float:
+    limits = Limits(ROOFLINES[plan.model], plan.max_num_batched_tokens, plan.max_pause_s)
+    return capacity_per_s(limits, fitted(plan.trace, plan.model), plan.shape.num_gpus)
+
+
+def at_load(plan: RunPlan, load: float) -> RunPlan:
+    """`load` is of the oracle's bound."""
+    return replace(plan, load=load, rate_per_s=load * bound_per_s(plan))
+
+
+def search(plan: RunPlan, run: Callable[[RunPlan], RunFigures]) -> Iterator[Goodput | RunFigures]:
+    """Its runs, and at last the goodput. Trajectories and their order are the same at every rate."""
+    good, bad, load, num_runs, cpu_s = 0.0, 0.0, FIRST_LOAD, 0, 0.0
+    while True:
+        figures = run(replace(at_load(plan, load), drains=False))
+        yield figures
+        num_runs, cpu_s = num_runs + 1, cpu_s + figures.cpu_s
+        if figures.keeps_slo:
+            good = load
+        else:
+            bad = load
+        if good and bad and bad / good <= PRECISION:
+            break
+        if not bad:
+            if good >= 1.0:
+                break
+            load = min(good * WIDEN, 1.0)
+        elif not good:
+            load = bad / WIDEN
+            if load < LOWEST_LOAD:
+                break
+        else:
+            load = (good * bad) ** 0.5
+    yield Goodput(at_load(plan, good), num_runs, cpu_s)
+
+
+def work(job: Job) -> Iterator[Result]:
+    """A job's results in this process. What a run raises is a result."""
+    trace = fitted(job.plan.trace, job.plan.model)
+    try:
+        if job.searches:
+            yield from search(job.plan, lambda plan: run(plan, trace))
+        else:
+            yield run(job.plan, trace)
+    except Exception as error:
+        yield Failed(job.plan, repr(error))
+
+
+def spread(jobs: Sequence[Job], num_shards: int, took: Callable[[Result], None]) -> None:
+    """Works all jobs off in so many processes, and hands each result over as it comes. Raises KeyboardInterrupt when it
+    is interrupted; no process is left then."""
+    context = multiprocessing.get_context("spawn")
+    results: Queue[Result | None] = context.Queue()
+    waiting: Queue[Job | None] = context.Queue()
+    for job in jobs:
+        waiting.put(job)
+    processes = [context.Process(target=_serve, args=(waiting, results), daemon=True) for _ in range(num_shards)]
+    left = len(jobs)
+    try:
+        for process in processes:
+            process.start()
+            waiting.put(None)
+        while left:
+            try:
+                result = results.get(timeout=POLL_S)
+            except queue.Empty:
+                if dead := [p.exitcode for p in processes if p.exitcode not in (None, 0)]:
+                    took(Failed(jobs[0].plan, f"a process of the replay ended with {dead}; its job is lost"))
+                    return
+                continue
+            if result is None:
+                left -= 1
+            else:
+                took(result)
+    finally:
+        for process in processes:
+            if process.pid is not None:
+                process.terminate()
+                process.join()
+
+
+def _serve(jobs: "Queue[Job | None]", results: "Queue[Result | None]") -> None:
+    # The parent is interrupted too, and ends this process.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    while (job := jobs.get()) is not None:
+        for result in work(job):
+            results.put(result)
+        results.put(None)
+
+
+def plans(
+    traces: Sequence[str],
+    policies: Sequence[str],
+    shapes: Sequence[Shape],
+    seeds: Sequence[int],
+    model: str,
+    turns: int,
+) -> list[RunPlan]:
+    """One for each combination, with a cohort that has about so many turns. Their rates are not set."""
+    found: list[RunPlan] = []
+    for path in traces:
+        trace = fitted(path, model)
+        mean_turns = trace.num_turns / len(trace.trajectories)
+        num_trajectories = max(round(turns / mean_turns), 2)
+        found += [
+            RunPlan(path, policy, shape, 0.0, seed, model, num_trajectories)
+            for seed in seeds
+            for shape in shapes
+            for policy in policies
+        ]
+    return found
