@@ -14,7 +14,7 @@ import math
 import random
 import time
 from collections.abc import Coroutine, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from bench.oracle import Limits, prefill_s, session_spans
@@ -39,7 +39,6 @@ START_TIMEOUT_S = 60.0
 LONGEST_WAIT_S = 7200.0
 """In virtual time, for a hand-off and for a first token: a replay shows how late turns are, so none is given up."""
 MAX_IN_FLIGHT = 100_000
-HINT_NAMES = frozenset(one.name for one in fields(Hints))
 
 
 def run(plan: RunPlan, trace: Trace) -> RunFigures:
@@ -76,9 +75,8 @@ async def _replay(plan: RunPlan, trace: Trace) -> "Replay":
 
 
 def hints(session: str, parent: str | None, turn: Turn) -> Hints:
-    """What a client says of its turn, as far as the gateway has a field for it."""
-    said = {"session": session, "parent": parent, "output_tokens": turn.num_output_tokens, "tool": turn.tool}
-    return Hints(**{name: value for name, value in said.items() if name in HINT_NAMES})
+    """What a client says of its turn. Not how long its answer will be: agents do not know."""
+    return Hints(session=session, parent=parent, tool=turn.tool)
 
 
 @dataclass
