@@ -174,6 +174,9 @@ class _Decision:
         capacity_tokens = view.num_kv_blocks * view.block_size_tokens
         needed = view.promised_tokens + view.in_flight_tokens + num_tokens - cached_tokens
         lost_tokens = min(max(needed - capacity_tokens, 0.0), num_tokens - cached_tokens)
+        if view.promised_tokens > capacity_tokens:
+            # Of what is promised only so much can be there.
+            lost_tokens *= capacity_tokens / view.promised_tokens
         # Whose they are is not known: they are taken to be of prompts as long as this one.
         return lost_tokens * (cost.token_s + cost.pair_s * self._request.num_prompt_tokens / 2)
 
