@@ -326,6 +326,14 @@ def test_a_parent_that_goes_on_or_answers_a_person_does_not_wait() -> None:
         assert (child.inherited_priority, child.inherited_deadline_s) == (None, None)
 
 
+def test_a_parent_is_not_idle_while_its_children_go_on() -> None:
+    turns = Turns()
+    turns.turn(hints=PARENT)
+    for _ in range(3):
+        turns.turn(hints=CHILD, pause_s=0.6 * IDLE_S)
+    assert turns.view(hints=CHILD).inherited_priority is Priority.HIGH
+
+
 def test_a_parent_that_is_unknown_or_the_session_itself_is_ignored() -> None:
     turns = Turns()
     assert not turns.view(hints=CHILD).is_child
@@ -343,7 +351,7 @@ def test_sessions_that_call_each_other_parent_make_no_circle() -> None:
 
 def test_a_forgotten_session_s_descendants_make_no_circle_either() -> None:
     turns = Turns(max_sessions=3)
-    for name, parent in (("a", None), ("b", "a"), ("c", "b"), ("a", None), ("c", "b"), ("x", None)):
+    for name, parent in (("a", None), ("b", "a"), ("c", "b"), ("a", None), ("c", None), ("x", None)):
         turns.turn(hints=Hints(session=name, parent=parent))
     assert turns.view(hints=Hints(session="a", parent="c")).is_child is False
 
