@@ -4,6 +4,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 
+from gateway.agents import recognition
 from gateway.agents.pauses import PauseModel
 from gateway.agents.sessions import Sessions
 from gateway.routing.types import Hints, Placement
@@ -18,6 +19,7 @@ class Machine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
+        self.checkpoint_tokens, recognition.CHECKPOINT_TOKENS = recognition.CHECKPOINT_TOKENS, B
         self.sessions = Sessions(MAX_SESSIONS, MAX_TOKENS, PauseModel(IDLE_S, max_keys=8))
         self.now_s = 0.0
 
@@ -88,6 +90,7 @@ class Machine(RuleBasedStateMachine):
             assert member.trajectory.num_sessions == len(of_trajectory)
 
     def teardown(self):
+        recognition.CHECKPOINT_TOKENS = self.checkpoint_tokens
         self.now_s += 10 * IDLE_S
         for name in list(self.sessions._sessions):
             while (session := self.sessions._sessions.get(name)) and session.num_running:
