@@ -370,6 +370,20 @@ def test_a_forgotten_session_s_descendants_make_no_circle_either() -> None:
     assert turns.view(hints=Hints(session="a", parent="c")).is_child is False
 
 
+def test_a_root_keeps_its_trajectory_when_the_session_between_it_and_another_is_forgotten() -> None:
+    turns = Turns(max_sessions=4)
+    for name, parent in (("b", None), ("x", None), ("a", None), ("b", "a"), ("c", "b"), ("c", None), ("x", None)):
+        turns.turn(hints=Hints(session=name, parent=parent))
+    turns.turn(hints=Hints(session="a"))
+    turns.turn(hints=Hints(session="y"))
+    # b is gone; a and c still share what they use, so a cannot move into x's trajectory.
+    assert turns.sessions.view("b") == SessionView()
+    assert not turns.view(hints=Hints(session="a", parent="x")).is_child
+    assert (
+        turns.view(hints=Hints(session="c")).trajectory_turns == turns.view(hints=Hints(session="a")).trajectory_turns
+    )
+
+
 def test_depth_and_size_of_a_trajectory_are_bounded() -> None:
     turns = Turns(max_sessions=3000)
     names = [f"s{number}" for number in range(12)]

@@ -85,7 +85,6 @@ class Machine(RuleBasedStateMachine):
         members = {name: session.member for name, session in self.sessions._sessions.items()}
         for member in members.values():
             assert len(list(member.waiting())) <= 8
-            assert member.num_children >= 0
             of_trajectory = [other for other in members.values() if other.trajectory is member.trajectory]
             assert member.trajectory.num_sessions == len(of_trajectory)
 
@@ -103,4 +102,4 @@ class Machine(RuleBasedStateMachine):
 
 
 TestSessions = Machine.TestCase
-TestSessions.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+TestSessions.settings = settings(max_examples=200, stateful_step_count=30, deadline=None)
