@@ -131,6 +131,8 @@ class Sessions:
         session.agent = hints.agent or session.agent
         if hints.parent is not None and (parent := self._sessions.get(hints.parent)):
             parent.member.adopt(session.member)
+            # While its children go on, a session that waits for them is not idle.
+            self._touch(hints.parent, parent, now_s)
         is_again = not session.is_named and tokens == session.prompt.tokens
         self._end_pause(session, hints, now_s, is_again)
         self._num_tokens += len(token_ids) - session.prompt.num_tokens

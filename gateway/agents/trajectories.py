@@ -40,20 +40,18 @@ class Member:
     trajectory: Trajectory = field(default_factory=lambda: Trajectory(num_sessions=1))
     parent: "Member | None" = None
     depth: int = 0
-    num_children: int = 0
     waits: bool = False
     priority: Priority = Priority.NORMAL
     ttft_deadline_s: float | None = None
 
     def adopt(self, child: "Member") -> bool:
-        """Makes a session without parent and children the child of this one; whether it could. It comes from another
-        trajectory, so there are no cycles."""
-        if child.trajectory is self.trajectory or child.parent is not None or child.num_children:
+        """Makes a session that is alone in its trajectory the child of this one; whether it could. Nobody descends from
+        it, so there are no cycles."""
+        if child is self or child.parent is not None or child.trajectory.num_sessions > 1:
             return False
         if self.depth >= MAX_DEPTH or self.trajectory.num_sessions >= MAX_SESSIONS:
             return False
         child.parent, child.depth = self, self.depth + 1
-        self.num_children += 1
         self.trajectory.add(child.trajectory)
         child.trajectory = self.trajectory
         return True
@@ -62,9 +60,7 @@ class Member:
         """The session is forgotten: nobody waits for anybody through it. What it has used stays used."""
         self.waits = False
         self.trajectory.num_sessions -= 1
-        if self.parent is not None:
-            self.parent.num_children -= 1
-            self.parent = None
+        self.parent = None
 
     def waiting(self) -> Iterator["Member"]:
         """The ancestors that wait for this session, nearest first: its parent, the one that waits for that, ..."""

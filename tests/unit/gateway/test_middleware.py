@@ -394,7 +394,15 @@ CALL = b'{"choices":[{"delta":{"tool_calls":[{"index":0,"function":{"name":"look
 @pytest.mark.parametrize(
     ("steps", "tool"),
     [
-        ([start_of(), chunk(b"data: {}\n\n"), chunk(b"data: " + CALL + b"\n\n"), chunk(b"", more=False)], "look"),
+        (
+            [
+                start_of(),
+                chunk(b"data: {}\n\n"),
+                chunk(b"data: " + CALL + b"\n\n"),
+                chunk(b"data: " + CALL.replace(b"look", b"other") + b"\n\n", more=False),
+            ],
+            "look",
+        ),
         ([start_of(200, "application/json"), chunk(CALL, more=False)], "look"),
         ([start_of(), chunk(b"data: {}\n\n"), chunk(b"data: [DONE]\n\n", more=False)], None),
         ([ValueError("a crash")], None),

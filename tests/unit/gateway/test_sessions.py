@@ -169,16 +169,18 @@ def test_a_next_prompt_that_has_the_answer_otherwise_is_still_recognised() -> No
 
 
 def test_another_question_after_the_same_beginning_is_another_session() -> None:
-    turns = Turns()
-    system = list(range(5 * B))
-    first = turns.turn([*system, 1, 1, 1])
-    other = [*system, *range(60, 60 + 2 * B)]
-    # The first prompt's full blocks are all the system's, so what follows them tells whose next turn it is.
-    assert len([*system, 1, 1, 1]) - 4 < len(system)
-    assert turns.turn([*system, 1, *range(60, 60 + 2 * B)]) == first
-    long_question = [*system, *range(30, 36), 1, 1, 1]
-    second = turns.turn(long_question)
-    assert turns.turn([*other, 5]) not in (first, second)
+    sessions = Sessions(10, 1000)
+    system = list(range(38))
+    # The first prompt's full blocks are all the system's: what comes after them tells whose next turn it is.
+    first, other = [*system, 1, 1, 7, 7, 7, 7], [*system, 2, 2, *range(60, 80)]
+    next_turn = [*first[:-4], 8, 8, *range(60, 80)]
+    names: list[str | None] = []
+    for prompt in (first, other, next_turn):
+        arrival = sessions.arrives(Hints(), prompt, 16, None, 0.0)
+        sessions.placed(arrival.name, placement(None, "d"))
+        sessions.ended(arrival.name, 0.0, [], 1.0, None)
+        names.append(arrival.name)
+    assert names[0] == names[2] != names[1]
 
 
 def test_prompts_with_another_salt_are_another_s() -> None:
@@ -187,6 +189,16 @@ def test_prompts_with_another_salt_are_another_s() -> None:
     turns.end(name)
     assert turns.arrive([*PROMPT, *ANSWER], salt="b").name != name
     assert turns.arrive([*PROMPT, *ANSWER], salt="a").name == name
+
+
+def test_the_same_text_under_two_salts_is_known_to_both(hashed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recognition, "CHECKPOINT_TOKENS", 5 * B)
+    turns = Turns()
+    for salt in ("a", "b"):
+        turns.end(turns.arrive(salt=salt).name, [])
+    for salt in ("a", "b"):
+        turns.arrive([*PROMPT, *ANSWER], salt=salt)
+        assert hashed[-1] == 2 * B
 
 
 def test_of_a_forked_conversation_the_first_goes_on_and_the_second_is_new() -> None:
@@ -226,7 +238,9 @@ def test_many_alike_at_once_are_many_sessions_in_bounded_time() -> None:
     assert len(set(names)) == 2000
     for name in names:
         turns.end(name)
-    assert turns.turn([*PROMPT, *ANSWER, 1]) in names
+    # Of so many only a few are recognised; the others cost nothing to look through.
+    next_names = [turns.begin([*PROMPT, *ANSWER, number]).name for number in range(20)]
+    assert sum(name in names for name in next_names) == recognition.MAX_TWINS
 
 
 # -- what is expected
@@ -326,6 +340,14 @@ def test_a_parent_that_goes_on_or_answers_a_person_does_not_wait() -> None:
         assert (child.inherited_priority, child.inherited_deadline_s) == (None, None)
 
 
+def test_a_parent_is_not_idle_while_its_children_go_on() -> None:
+    turns = Turns()
+    turns.turn(hints=PARENT)
+    for _ in range(3):
+        turns.turn(hints=CHILD, pause_s=0.6 * IDLE_S)
+    assert turns.view(hints=CHILD).inherited_priority is Priority.HIGH
+
+
 def test_a_parent_that_is_unknown_or_the_session_itself_is_ignored() -> None:
     turns = Turns()
     assert not turns.view(hints=CHILD).is_child
@@ -343,9 +365,23 @@ def test_sessions_that_call_each_other_parent_make_no_circle() -> None:
 
 def test_a_forgotten_session_s_descendants_make_no_circle_either() -> None:
     turns = Turns(max_sessions=3)
-    for name, parent in (("a", None), ("b", "a"), ("c", "b"), ("a", None), ("c", "b"), ("x", None)):
+    for name, parent in (("a", None), ("b", "a"), ("c", "b"), ("a", None), ("c", None), ("x", None)):
         turns.turn(hints=Hints(session=name, parent=parent))
     assert turns.view(hints=Hints(session="a", parent="c")).is_child is False
+
+
+def test_a_root_keeps_its_trajectory_when_the_session_between_it_and_another_is_forgotten() -> None:
+    turns = Turns(max_sessions=4)
+    for name, parent in (("b", None), ("x", None), ("a", None), ("b", "a"), ("c", "b"), ("c", None), ("x", None)):
+        turns.turn(hints=Hints(session=name, parent=parent))
+    turns.turn(hints=Hints(session="a"))
+    turns.turn(hints=Hints(session="y"))
+    # b is gone; a and c still share what they use, so a cannot move into x's trajectory.
+    assert turns.sessions.view("b") == SessionView()
+    assert not turns.view(hints=Hints(session="a", parent="x")).is_child
+    assert (
+        turns.view(hints=Hints(session="c")).trajectory_turns == turns.view(hints=Hints(session="a")).trajectory_turns
+    )
 
 
 def test_depth_and_size_of_a_trajectory_are_bounded() -> None:
