@@ -5,6 +5,8 @@ session that was used last is forgotten last, and one that nobody has used for `
 Times are those of the caller's clock.
 """
 
+import heapq
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,6 +18,9 @@ from gateway.agents.prompts import Prompt, packed
 from gateway.agents.recognition import MIN_BLOCKS, Beginnings, Tips, checkpoints
 from gateway.agents.trajectories import Member
 from gateway.routing.types import Hints, Placement, SessionView
+
+DUE_PER_SESSION = 4
+"""So many expected returns are kept for each session that may be known; those before the last one mean nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +45,7 @@ class _Pause:
 @dataclass(slots=True)
 class _Session:
     """`num_running` of its turns have arrived and not ended. `promises`: where how many tokens are kept for its next
-    turn."""
+    turn, and until when it is expected."""
 
     agent: str | None = None
     is_named: bool = True
@@ -58,6 +63,7 @@ class _Session:
     return_probability: float = 0.0
     output_tokens: float | None = None
     promises: tuple[Promise, ...] = ()
+    promised_until_s: float = math.inf
 
 
 class Sessions:
@@ -73,6 +79,7 @@ class Sessions:
         self._beginnings = Beginnings()
         self._answers = AnswerLengths()
         self._promises = Promises()
+        self._due: list[tuple[float, str]] = []
         self._num_unnamed = 0
         self._now_s = 0.0
 
@@ -101,7 +108,8 @@ class Sessions:
 
     def promised_tokens(self, replica_id: str) -> float:
         """Of sessions that run or pause and whose last turn was prefilled or decoded there: the tokens that they will
-        want back, times the probability that they come back."""
+        want back, times the probability that they come back. A pause that is longer than nine in ten of its kind is
+        not waited for any more."""
         return self._promises.tokens(replica_id)
 
     # -- the life of a turn
@@ -158,6 +166,7 @@ class Sessions:
         session.decode = placement.decode
         session.member.trajectory.num_turns += 1
         self._promise(session, session.prompt.num_tokens)
+        session.promised_until_s = math.inf
         self._forget_oldest()
 
     def ended(self, name: str | None, now_s: float, written: Sequence[int], service_s: float, tool: str | None) -> None:
@@ -185,6 +194,8 @@ class Sessions:
         session.member.waits = tool is not None
         session.return_probability = predicted.return_probability
         self._promise(session, session.prompt.num_tokens + len(written))
+        session.promised_until_s = now_s + predicted.p90_s
+        self._expect(name, session)
         if not session.is_named:
             num_blocks, tip = session.prompt.with_answer(written)
             if tip is not None and num_blocks >= MIN_BLOCKS:
@@ -267,6 +278,13 @@ class Sessions:
         self._promises.replace(session.promises, promises)
         session.promises = promises
 
+    def _expect(self, name: str, session: _Session) -> None:
+        heapq.heappush(self._due, (session.promised_until_s, name))
+        if len(self._due) > DUE_PER_SESSION * self._max_sessions:
+            # Most are of turns before the last one.
+            self._due = [(s.promised_until_s, n) for n, s in self._sessions.items() if s.promised_until_s < math.inf]
+            heapq.heapify(self._due)
+
     def _set_tips(self, name: str, session: _Session, tips: list[bytes]) -> None:
         for tip in session.tips:
             self._tips.remove(tip, name)
@@ -275,6 +293,11 @@ class Sessions:
     def _expire(self, now_s: float) -> None:
         """Forgets those that nobody has used for too long; the one that was used first is the first in order."""
         self._now_s = now_s
+        while self._due and self._due[0][0] <= now_s:
+            _, due = heapq.heappop(self._due)
+            if (late := self._sessions.get(due)) and late.promised_until_s <= now_s:
+                self._promises.replace(late.promises, ())
+                late.promises = ()
         while self._sessions:
             name, session = next(iter(self._sessions.items()))
             if now_s - session.used_s <= self.pauses.idle_s:
