@@ -79,7 +79,7 @@ def decide(plan: DecisionsPlan, replicas: int, policy: str, seed: int) -> Decisi
         placement = place(chosen, request, snapshot, number)
         assert isinstance(placement, Placement)
         admit(request, placement, snapshot, ADMISSION)
-        rank_ms(request, now_s, predict(request, placement, snapshot).read_s)
+        rank_ms(request, now_s, predict(request, placement, snapshot).read_s, ADMISSION.ttft_deadline_s)
         took_s.append(time.thread_time() - began_s)
     return Decision(policy, replicas, percentiles([seconds * 1000 for seconds in took_s]))
 

@@ -321,7 +321,8 @@ class Orchestrator:
             self._reject(group, admission)
         self._sessions.placed(arrival.name, placement)
         prediction = predict(view, placement, snapshot)
-        group.rank_ms = rank_ms(view, self._wall_clock() - view.waited_s, prediction.read_s)
+        arrived_s, usual_s = self._wall_clock() - view.waited_s, self._config.admission.ttft_deadline_s
+        group.rank_ms = rank_ms(view, arrived_s, prediction.read_s, usual_s)
         group.placement = placement
         group.receipt = Receipt(
             group.receipt_id,

@@ -129,8 +129,8 @@ class ClusterSnapshot:
 class RequestView:
     """What a policy may know of a request.
 
-    `needs_whole_prompt`: the engine that answers must read the prompt itself. `prefill_writes`: prefill writes the answer's
-    first token (docs/adr/0010). `waited_s`: since the HTTP request came.
+    `needs_whole_prompt`: the engine that answers must read the prompt itself. `prefill_writes`: prefill writes the
+    answer's first token (docs/adr/0010). `waited_s`: since the HTTP request came.
     `number` counts the placements that this gateway has decided. `session` is None for a turn of none.
     """
 

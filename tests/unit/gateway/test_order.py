@@ -5,10 +5,16 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.routing.order import CLASS_S, STARVATION_S, rank_ms
+from gateway.routing import order
 from gateway.routing.types import Hints, Priority, RequestView, SessionView
 
 REQUEST = RequestView("r", 100, 10)
+USUAL_S = 30.0
+CLASS_S = order.CLASS_SHARE * USUAL_S
+
+
+def rank_ms(request: RequestView, arrived_s: float, read_s: float) -> int:
+    return order.rank_ms(request, arrived_s, read_s, USUAL_S)
 
 
 def with_hints(priority: Priority, deadline_s: float | None = None, attained_s: float = 0.0) -> RequestView:
@@ -28,7 +34,7 @@ reads = st.floats(0, 1000)
 def test_whoever_comes_long_after_a_request_is_behind_it(
     first: RequestView, second: RequestView, first_read_s: float, second_read_s: float, at_s: float
 ) -> None:
-    later = rank_ms(second, at_s + STARVATION_S + 0.001, second_read_s)
+    later = rank_ms(second, at_s + order.starvation_s(USUAL_S) + 0.001, second_read_s)
     assert rank_ms(first, at_s, first_read_s) <= later
 
 
@@ -46,6 +52,12 @@ def test_less_slack_goes_first_whatever_has_been_attained() -> None:
     calm = with_hints(Priority.NORMAL, deadline_s=20.0)
     assert rank_ms(urgent, 0.0, 0.5) < rank_ms(calm, 0.0, 0.5)
     assert rank_ms(calm, 0.0, 15.0) < rank_ms(calm, 0.0, 0.5), "reading uses slack up"
+
+
+def test_naming_the_usual_deadline_or_a_later_one_gains_nothing() -> None:
+    unnamed = rank_ms(with_hints(Priority.NORMAL), 0.0, 0.5)
+    assert rank_ms(with_hints(Priority.NORMAL, deadline_s=USUAL_S), 0.0, 0.5) == unnamed
+    assert rank_ms(with_hints(Priority.NORMAL, deadline_s=3600.0), 0.0, 0.5) == unnamed
 
 
 def test_with_the_same_slack_less_attained_service_goes_first() -> None:
