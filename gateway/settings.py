@@ -195,7 +195,7 @@ KeyDigest = Annotated[str, AfterValidator(_key_digest)]
 
 
 class TenantSettings(Section):
-    """Who may ask, and what their hints may claim at most (docs/adr/0016). With several gateways each enforces its
+    """Who may ask, and what their hints may claim at most (docs/adr/0018). With several gateways each enforces its
     part of the limits."""
 
     name: Annotated[str, Field(pattern=f"^{TENANT_NAME}$")] = Field(

@@ -188,8 +188,8 @@ class Entry:
 
 
 def _too_many_at_once(tenant: Tenant, number: int, num_held: int, share: int) -> Rejection:
-    if number > share:
-        reason = f"this asks for more choices at once than tenant {tenant.name} may have here, {share}; ask for fewer"
-    else:
-        reason = f"tenant {tenant.name} has {num_held} requests in flight here and may have {share} at once"
+    reason = (
+        f"tenant {tenant.name} may have {share} requests at once here, each choice counted; it has {num_held}, and this "
+        f"is {number} more"
+    )
     return Rejection(TOO_MANY_REQUESTS, reason, CONCURRENCY_RETRY_S, Cause.TENANT_CONCURRENCY)

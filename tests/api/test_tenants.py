@@ -220,7 +220,7 @@ def test_a_client_that_leaves_or_is_refused_gives_its_tenants_place_back(site: S
 
     def is_served() -> bool:
         response = site.post(tenant, COMPLETIONS, short)
-        assert response.status_code == 200 or is_refusal(response, "may have 1 at once")
+        assert response.status_code == 200 or is_refusal(response, "may have 1 requests at once")
         return response.status_code == 200
 
     for _ in range(2):

@@ -131,7 +131,10 @@ def test_a_tenant_has_as_many_requests_at_once_as_it_may() -> None:
     rejection = refused(limiter, tenant)
     assert (rejection.status, rejection.cause) == (429, Cause.TENANT_CONCURRENCY)
     assert rejection.retry_after_s >= 1
-    assert "tenant alice has 2 requests in flight here and may have 2 at once" in rejection.reason
+    assert (
+        "tenant alice may have 2 requests at once here, each choice counted; it has 2, and this is 1 more"
+        in rejection.reason
+    )
     first.close()
     entered(limiter, tenant)
 
@@ -170,11 +173,11 @@ def test_a_request_counts_once_for_each_choice_of_each_prompt() -> None:
     assert limiter.held(tenant) == 0
 
 
-def test_more_choices_than_a_tenant_may_ever_have_are_refused_with_what_to_do() -> None:
+def test_more_choices_than_a_tenant_may_ever_have_are_refused_with_how_many_it_may() -> None:
     limiter, tenant = Limiter(Clock()), dataclasses.replace(ALICE, max_concurrent_requests=2)
     rejection = entered(limiter, tenant).prompt(16)
     assert rejection is not None
-    assert "ask for fewer" in rejection.reason
+    assert "may have 2 requests at once here, each choice counted; it has 1, and this is 15 more" in rejection.reason
 
 
 def test_after_its_end_a_request_takes_nothing_more() -> None:
