@@ -23,7 +23,7 @@ SESSION_BYTES = 16
 KEY_PREFIX = "baton-"
 """Tells scanners for leaked secrets, and people, what a key is for."""
 KEY_BYTES = 32
-OWN_NAMES = ("session",)
+OWN_NAMES = ("session", "parent")
 """The hints that name something of a tenant's own. Another tenant's of the same name is another one."""
 
 
@@ -71,9 +71,17 @@ class Tenant:
             deadline_s = min(deadline_s, self.max_ttft_deadline_s or math.inf)
             if deadline_s != hints.ttft_deadline_s:
                 capped.append(f"ttft_deadline_s {hints.ttft_deadline_s:g} to {deadline_s:g}")
+        # Pauses and answers are learnt by the agent's name: nobody may teach what another's agent of that name does.
+        agent = hints.agent and f"{self.name}/{hints.agent}"
         own = {name: self._own(value) for name in OWN_NAMES if (value := getattr(hints, name)) is not None}
         return dataclasses.replace(
-            hints, priority=priority, ttft_deadline_s=deadline_s, tenant=self.name, capped=tuple(capped), **own
+            hints,
+            priority=priority,
+            ttft_deadline_s=deadline_s,
+            agent=agent,
+            tenant=self.name,
+            capped=tuple(capped),
+            **own,
         )
 
     def _own(self, name: str) -> str:
@@ -189,7 +197,7 @@ class Entry:
 
 def _too_many_at_once(tenant: Tenant, number: int, num_held: int, share: int) -> Rejection:
     reason = (
-        f"tenant {tenant.name} may have {share} requests at once here, each choice counted; it has {num_held}, and this "
-        f"is {number} more"
+        f"tenant {tenant.name} may have {share} requests at once here, each choice counted; it has {num_held}, and "
+        f"this is {number} more"
     )
     return Rejection(TOO_MANY_REQUESTS, reason, CONCURRENCY_RETRY_S, Cause.TENANT_CONCURRENCY)

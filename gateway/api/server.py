@@ -189,7 +189,8 @@ def _add_baton_routes(app: FastAPI, config: ServerConfig, orchestrator: Orchestr
         return MetricsResponse(await asyncio.to_thread(scrape.exposition, by_gateway, answers.missing))
 
     async def status() -> Response:
-        describe = _replica if _request().is_operators else _replica_without_load
+        sees_all = _request().is_operators
+        describe = _replica if sees_all else _replica_without_load
         pools = {phase.value: [describe(r) for r in orchestrator.cluster.pool(phase)] for phase in Phase}
         return JSONResponse(
             {
@@ -199,7 +200,7 @@ def _add_baton_routes(app: FastAPI, config: ServerConfig, orchestrator: Orchestr
                 "gateway": peers.own_id,
                 "gateways": peers.members(),
                 "pools": pools,
-                "learnt": msgspec.to_builtins(orchestrator.learnt),
+                **({"learnt": msgspec.to_builtins(orchestrator.learnt)} if sees_all else {}),
             }
         )
 

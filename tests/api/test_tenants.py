@@ -151,8 +151,9 @@ def test_load_and_metrics_are_the_operators(site: Site) -> None:
     assert refused.status_code == 403
     assert is_openai_error(403, refused.json())
     assert "baton_requests_total" in site.get("ops", "/metrics").text
-    (tenants_view,) = site.get("alice", "/baton/status").json()["pools"]["decode"]
-    (operators_view,) = site.get("ops", "/baton/status").json()["pools"]["decode"]
+    tenants_status, operators_status = (site.get(name, "/baton/status").json() for name in ("alice", "ops"))
+    assert set(operators_status) - set(tenants_status) == {"learnt"}
+    (tenants_view,), (operators_view,) = (status["pools"]["decode"] for status in (tenants_status, operators_status))
     assert set(tenants_view) == {"id", "phase", "attached", "ready", "info"}
     assert set(operators_view) > {"load", "cached_kv_blocks", "in_flight_tokens"}
 
