@@ -27,6 +27,9 @@ class Recorder:
     def new_group(self, receipt_id: str, num_choices: int, received_s: float | None, hints: Hints | None) -> Group:
         return Group(receipt_id, num_choices, 0.0, hints or Hints())
 
+    def await_response(self, group: Group) -> None:
+        """What its response says is of no interest here."""
+
     def add(self, request: SequenceRequest, group: Group) -> None:
         self.added.append(request)
         self.hints.append(group.hints)
