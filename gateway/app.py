@@ -18,6 +18,7 @@ from engine.protocol import Phase
 from engine.simulated import LatencyModel, SimulatedEngineConfig, TokenRule
 from engine.termination import end_at_sigterm
 from gateway import metrics
+from gateway.agents.tenants import Tenant
 from gateway.orchestrator import Orchestrator, OrchestratorConfig
 from gateway.peers_ray import RayPeers
 from gateway.receipt_log import SUFFIX as RECEIPTS_SUFFIX
@@ -25,7 +26,8 @@ from gateway.receipt_log import ReceiptLog
 from gateway.routing.admission import AdmissionConfig
 from gateway.routing.policies import POLICIES
 from gateway.routing.receipts import Receipt, ReceiptStore
-from gateway.settings import PoolSettings, Settings, load
+from gateway.routing.types import Priority
+from gateway.settings import NO_KEY, ConfigError, PoolSettings, Settings, load
 from gateway.transport_ray import REQUEST_ROUTER, RayTransport
 from prefill.deployment import PrefillReplica
 
@@ -78,7 +80,13 @@ def build(settings: Settings) -> serve.Application:
 
 def from_config(args: dict[str, str]) -> serve.Application:
     """For an existing cluster: `serve run gateway.app:from_config config=configs/gpu.yaml`. Raises ConfigError."""
-    return build(load(args["config"]))
+    settings = load(args["config"])
+    if not settings.tenants:
+        raise ConfigError(
+            f"{args['config']} has no tenants, and Ray Serve listens on every network of a cluster's nodes, whatever "
+            "gateway.host says: make a key with `baton key NAME` and put what it prints under `tenants`"
+        )
+    return build(settings)
 
 
 @serve.deployment(name="gateway")
@@ -279,4 +287,21 @@ def server_config(settings: Settings) -> Any:
         max_choices=gateway.max_choices,
         send_timeout_s=gateway.send_timeout_s,
         enable_docs=gateway.enable_docs,
+        tenants=tenants(settings),
+    )
+
+
+def tenants(settings: Settings) -> tuple[Tenant, ...]:
+    return tuple(
+        Tenant(
+            name=tenant.name,
+            key_digests=tuple(bytes.fromhex(digest) for digest in tenant.api_key_sha256 if digest != NO_KEY),
+            operator=tenant.operator,
+            max_priority=Priority(tenant.max_priority),
+            min_ttft_deadline_s=tenant.min_ttft_deadline_s,
+            max_ttft_deadline_s=settings.max_ttft_deadline_s(tenant),
+            max_concurrent_requests=tenant.max_concurrent_requests,
+            requests_per_minute=tenant.requests_per_minute,
+        )
+        for tenant in settings.tenants
     )

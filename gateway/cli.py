@@ -1,6 +1,8 @@
-"""Owns the command line: `baton serve | ask | status | replay | doctor`."""
+"""Owns the command line: `baton serve | ask | status | replay | key | doctor`."""
 
 import json
+import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -13,10 +15,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from gateway import client, doctor, launcher, receipt_log
+from gateway.agents.tenants import key_sha256, new_key
 from gateway.routing.policies import POLICIES
 from gateway.routing.replay import Replay
 from gateway.routing.replay import replay as replay_all
-from gateway.settings import ConfigError, Settings, load
+from gateway.settings import TENANT_NAME, ConfigError, Settings, load
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 
@@ -67,7 +70,7 @@ def ask(
         _fail("the prompt is empty; give some text")
     console = _console()
     try:
-        for piece in client.chat(url, text, model=model, max_tokens=max_tokens, system=system):
+        for piece in client.chat(url, text, model=model, max_tokens=max_tokens, system=system, api_key=_api_key()):
             if isinstance(piece, client.Finished):
                 typer.echo()
                 if receipt:
@@ -89,7 +92,7 @@ def status(
 ) -> None:
     """Show pools, replicas, load and KV cache use."""
     try:
-        report = client.status(url)
+        report = client.status(url, api_key=_api_key())
     except client.GatewayError as error:
         _fail(str(error))
     if as_json:
@@ -132,6 +135,22 @@ def replay(
         raise typer.Exit(1)
 
 
+@app.command()
+def key(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The tenant that the key is for.")],
+) -> None:
+    """Make an API key for a tenant: print it, once, and what to put into the configuration."""
+    if not re.fullmatch(TENANT_NAME, name):
+        _fail(f"{name!r} cannot name a tenant: take letters and digits, and '.', '_' or '-' inside; 64 at most")
+    made = new_key()
+    typer.echo(
+        f"The key of {name}. It is shown this once and kept nowhere; give it to who asks, e.g. as "
+        f"{client.API_KEY_VARIABLE}:\n\n    {made}\n\n"
+        "Its digest goes into the configuration. A tenant that exists gets one more line under api_key_sha256:\n\n"
+        f"tenants:\n  - name: {name}\n    api_key_sha256:\n      - {key_sha256(made.encode()).hex()}"
+    )
+
+
 @app.command(name="doctor")
 def doctor_command(
     config: Annotated[
@@ -165,6 +184,10 @@ def _console() -> Console:
     return Console(highlight=False)
 
 
+def _api_key() -> str | None:
+    return os.environ.get(client.API_KEY_VARIABLE)
+
+
 def _load(config: Path, overrides: dict[str, Any]) -> Settings:
     try:
         return load(config, {key: value for key, value in overrides.items() if value is not None})
@@ -180,8 +203,9 @@ def _fail(message: str) -> NoReturn:
 def _print_receipt(console: Console, url: str, request_id: str | None) -> None:
     if request_id is None:
         _fail(f"{url} gave no {client.REQUEST_ID_HEADER} header: it is not a Baton gateway")
-    simulated = client.simulated_replicas(client.status(url))
-    console.print(escape(client.describe_receipt(client.receipt(url, request_id), simulated)), soft_wrap=True)
+    simulated = client.simulated_replicas(client.status(url, api_key=_api_key()))
+    receipt = client.receipt(url, request_id, _api_key())
+    console.print(escape(client.describe_receipt(receipt, simulated)), soft_wrap=True)
 
 
 def _print_replay(console: Console, found: Replay, policy: str | None) -> None:
@@ -210,12 +234,16 @@ def _status_table(report: dict[str, Any]) -> Table:
         table.add_column(column, justify="right", no_wrap=True)
     for pool, replicas in (report.get("pools") or {}).items():
         for replica in replicas:
-            info, load = replica.get("info") or {}, replica.get("load") or {}
+            state = "attached" if replica.get("attached") else "[red]detached[/]"
+            if "load" not in replica:
+                table.add_row(pool, escape(str(replica.get("id"))), state, *["-"] * 5)
+                continue
+            info, load = replica.get("info") or {}, replica["load"] or {}
             blocks, used = info.get("num_kv_blocks") or 0, load.get("num_kv_blocks_used") or 0
             table.add_row(
                 pool,
                 escape(str(replica.get("id"))),
-                "attached" if replica.get("attached") else "[red]detached[/]",
+                state,
                 str(replica.get("in_flight_requests", 0)),
                 str(replica.get("in_flight_tokens", 0)),
                 f"{load.get('num_running_requests', 0)}/{load.get('num_waiting_requests', 0)}",

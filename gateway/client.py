@@ -8,6 +8,8 @@ from typing import Any
 import httpx
 
 REQUEST_ID_HEADER = "x-baton-request-id"
+API_KEY_VARIABLE = "BATON_API_KEY"
+"""Where the command line looks for the key it asks with: an argument would show in the list of processes."""
 SIMULATED = "simulated"
 """The kind of an engine without a model (`EngineInfo.kind`)."""
 
@@ -28,12 +30,18 @@ class Finished:
 
 
 def chat(
-    url: str, prompt: str, *, model: str | None = None, max_tokens: int | None = None, system: str | None = None
+    url: str,
+    prompt: str,
+    *,
+    model: str | None = None,
+    max_tokens: int | None = None,
+    system: str | None = None,
+    api_key: str | None = None,
 ) -> Iterator[str | Finished]:
     """Streams the answer's text, then `Finished`. `model` None takes the one that is served. Raises GatewayError."""
     messages = [{"role": "system", "content": system}] if system else []
     body: dict[str, Any] = {
-        "model": model or served_model(url),
+        "model": model or served_model(url, api_key),
         "messages": [*messages, {"role": "user", "content": prompt}],
         "stream": True,
     }
@@ -43,7 +51,7 @@ def chat(
     done = False
     try:
         with (
-            _client(url) as http,
+            _client(url, api_key) as http,
             http.stream("POST", "/v1/chat/completions", json=body) as response,
         ):
             if response.status_code != 200:
@@ -73,22 +81,22 @@ def chat(
     yield Finished(request_id, finish_reason)
 
 
-def served_model(url: str) -> str:
+def served_model(url: str, api_key: str | None = None) -> str:
     """The id of the model that is served. Raises GatewayError."""
-    models = _get(url, "/v1/models").get("data") or []
+    models = _get(url, "/v1/models", api_key).get("data") or []
     if not models:
         raise GatewayError(f"{url} serves no model")
     return str(models[0]["id"])
 
 
-def receipt(url: str, request_id: str) -> dict[str, Any]:
+def receipt(url: str, request_id: str, api_key: str | None = None) -> dict[str, Any]:
     """The record of one placement. Raises GatewayError."""
-    return _get(url, f"/baton/receipts/{request_id}")
+    return _get(url, f"/baton/receipts/{request_id}", api_key)
 
 
-def status(url: str, timeout_s: float = _READ_S) -> dict[str, Any]:
-    """Pools, replicas and their load, as one gateway sees them. Raises GatewayError."""
-    return _get(url, "/baton/status", timeout_s)
+def status(url: str, timeout_s: float = _READ_S, api_key: str | None = None) -> dict[str, Any]:
+    """Pools, replicas and, for an operator's key, their load, as one gateway sees them. Raises GatewayError."""
+    return _get(url, "/baton/status", api_key, timeout_s)
 
 
 def missing_replicas(status: dict[str, Any], expected: Mapping[str, int]) -> str:
@@ -155,14 +163,23 @@ def human_bytes(size: float) -> str:
     return f"{size:.1f} TiB"
 
 
-def _client(url: str, timeout_s: float = _READ_S) -> httpx.Client:
+def _client(url: str, api_key: str | None, timeout_s: float = _READ_S) -> httpx.Client:
     timeout = httpx.Timeout(timeout_s, connect=min(timeout_s, _CONNECT_S))
-    return httpx.Client(base_url=url, timeout=timeout, trust_env=False)
+    return httpx.Client(base_url=url, timeout=timeout, headers=_authorization(api_key), trust_env=False)
 
 
-def _get(url: str, path: str, timeout_s: float = _READ_S) -> dict[str, Any]:
+def _authorization(api_key: str | None) -> dict[str, str]:
+    if not api_key:
+        return {}
+    if not api_key.isascii() or not api_key.isprintable() or " " in api_key:
+        # httpx would say so with the key in its message.
+        raise GatewayError(f"{API_KEY_VARIABLE} holds characters that no key has; set it to the key and nothing else")
+    return {"authorization": f"Bearer {api_key}"}
+
+
+def _get(url: str, path: str, api_key: str | None, timeout_s: float = _READ_S) -> dict[str, Any]:
     try:
-        with _client(url, timeout_s) as http:
+        with _client(url, api_key, timeout_s) as http:
             response = http.get(path)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise GatewayError(_unreachable(url, error)) from error
@@ -186,7 +203,8 @@ def _refusal(response: httpx.Response) -> str:
         text = _error_text(response.json())
     except json.JSONDecodeError:
         text = response.text.strip().splitlines()[0][:200] if response.text.strip() else response.reason_phrase
-    return f"{response.request.url.path} answered {response.status_code}: {text}"
+    what_to_do = f"; set {API_KEY_VARIABLE} to a key of it" if response.status_code == 401 else ""
+    return f"{response.request.url.path} answered {response.status_code}: {text}{what_to_do}"
 
 
 def _error_text(body: Any) -> str:

@@ -17,7 +17,7 @@ import psutil
 from gateway.runtime import processes
 from gateway.runtime.environment import open_files_needed
 from gateway.runtime.local import StartError, base_dir, check_port
-from gateway.settings import PoolSettings, Settings
+from gateway.settings import NO_KEY, PoolSettings, Settings
 
 PINS = {"vllm": "0.32.0", "ray": "2.60.0", "nixl": "1.5.1", "torch": "2.13.0"}
 """The versions this code was written against (pyproject.toml pins the same)."""
@@ -131,6 +131,7 @@ def check_configuration(facts: MachineFacts, settings: Settings) -> list[Check]:
         _check_shm(facts, settings),
         _check_open_files(facts, settings),
         *_check_model(facts, settings),
+        *_check_tenants(settings),
     ]
 
 
@@ -283,6 +284,20 @@ def _check_model(facts: MachineFacts, settings: Settings) -> list[Check]:
             )
         ]
     return [Check("model", Outcome.OK, path)]
+
+
+def _check_tenants(settings: Settings) -> list[Check]:
+    """Of placeholders for keys, that is: settings have been checked already."""
+    return [
+        Check(
+            f"tenant {tenant.name}",
+            Outcome.WARN,
+            "has a placeholder for a key: nobody is let in as this tenant",
+            f"make a key with `baton key {tenant.name}`",
+        )
+        for tenant in settings.tenants
+        if NO_KEY in tenant.api_key_sha256
+    ]
 
 
 def _loads_no_weights(settings: Settings) -> bool:

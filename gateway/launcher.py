@@ -14,13 +14,16 @@ from rich.markup import escape
 from rich.table import Table
 
 from gateway import client
+from gateway.agents.tenants import key_sha256, new_key
 from gateway.runtime import processes
 from gateway.runtime.environment import LOOPBACK
 from gateway.runtime.events import AppStatus, DriverFailed, Event, RayStarted
 from gateway.runtime.local import LocalRun, StartError, base_dir, check_port
-from gateway.settings import Settings
+from gateway.settings import Settings, TenantSettings
 
 BUILD = "gateway.app:build"
+OWN_TENANT = "baton-serve"
+"""As whom this run looks at its gateways and asks its demo, if there are tenants."""
 SIMULATED = "simulated engines, no model: what they answer means nothing, and no figure is a figure of a model"
 _POLL_S = 0.2
 _STATUS_TIMEOUT_S = 5.0
@@ -89,6 +92,7 @@ def serve(settings: Settings, build: str = BUILD, console: Console | None = None
     signals.install()
     try:
         _refuse_other_cluster(settings)
+        settings, api_key = with_own_key(settings)
         base = base_dir()
         healed = processes.heal(base)
         if healed:
@@ -99,9 +103,9 @@ def serve(settings: Settings, build: str = BUILD, console: Console | None = None
         if settings.simulation is not None:
             out.print(f"[bold yellow]{SIMULATED}[/]")
         run.start()
-        _wait_until_ready(run, out)
+        _wait_until_ready(run, out, api_key)
         ready = True
-        _welcome(settings, run, out, demo)
+        _welcome(run, out, demo, api_key)
         _watch(run, out)
     except _Stopped as stop:
         code = 0 if ready else 128 + stop.number
@@ -177,11 +181,24 @@ def _refuse_other_cluster(settings: Settings) -> None:
         )
 
 
+def with_own_key(settings: Settings) -> tuple[Settings, str | None]:
+    """The settings of a run that has a key of its own, and that key, if keys are asked for. It dies with the run: the
+    configuration holds no key that could be used. Raises StartError."""
+    if not settings.tenants:
+        return settings, None
+    if any(tenant.name == OWN_TENANT for tenant in settings.tenants):
+        raise StartError(f"a tenant is called {OWN_TENANT!r}, as `baton serve` calls itself; give it another name")
+    key = new_key()
+    own = TenantSettings(name=OWN_TENANT, api_key_sha256=[key_sha256(key.encode()).hex()], operator=True)
+    return settings.model_copy(update={"tenants": [*settings.tenants, own]}), key
+
+
 class PoolWatch:
     """What the gateways lack of complete pools. Each speaks for itself, and HAProxy chooses which one answers."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, api_key: str | None = None) -> None:
         self._url = base_url(settings)
+        self._api_key = api_key
         self._num_gateways = settings.gateway.replicas
         self._expected = {"prefill": settings.pools.prefill.replicas, "decode": settings.pools.decode.replicas}
         self._missing: dict[str, str] = {}
@@ -189,7 +206,7 @@ class PoolWatch:
     def look(self) -> str:
         """What is missing still, after one more gateway was asked; empty if nothing."""
         try:
-            status = client.status(self._url, _STATUS_TIMEOUT_S)
+            status = client.status(self._url, _STATUS_TIMEOUT_S, self._api_key)
         except client.GatewayError as error:
             return str(error)
         self._missing[str(status.get("gateway"))] = client.missing_replicas(status, self._expected)
@@ -200,14 +217,14 @@ class PoolWatch:
         return ""
 
 
-def _wait_until_ready(run: LocalRun, console: Console) -> None:
+def _wait_until_ready(run: LocalRun, console: Console, api_key: str | None) -> None:
     """Until Serve runs everything and each gateway can use it: one serves as soon as one engine can answer.
 
     Raises StartError.
     """
     began = time.monotonic()
     limit_s = run.settings.runtime.start_timeout_s
-    pools = PoolWatch(run.settings)
+    pools = PoolWatch(run.settings, api_key)
     is_running = False
     with _progress(console) as show:
         while True:
@@ -280,22 +297,24 @@ def _progress(console: Console) -> Iterator[Callable[[Event | None], None]]:
         yield refresh
 
 
-def _welcome(settings: Settings, run: LocalRun, console: Console, demo: bool) -> None:
+def _welcome(run: LocalRun, console: Console, demo: bool, api_key: str | None) -> None:
+    settings = run.settings
     url = base_url(settings)
     prompt = settings.runtime.demo_prompt
     if demo and prompt:
         console.print(f"\n[bold]>[/] {escape(prompt)}")
         try:
             receipt_id = None
-            for piece in client.chat(url, prompt, model=settings.model_name, max_tokens=160):
+            for piece in client.chat(url, prompt, model=settings.model_name, max_tokens=160, api_key=api_key):
                 if isinstance(piece, client.Finished):
                     receipt_id = piece.request_id
                 else:
                     console.print(escape(piece), end="", soft_wrap=True)
             console.print()
             if receipt_id is not None:
-                simulated = client.simulated_replicas(client.status(url)) if settings.simulation else ()
-                described = client.describe_receipt(client.receipt(url, receipt_id), simulated)
+                status = client.status(url, api_key=api_key) if settings.simulation else {}
+                receipt = client.receipt(url, receipt_id, api_key)
+                described = client.describe_receipt(receipt, client.simulated_replicas(status))
                 console.print(f"[dim]{escape(described)}[/]")
         except client.GatewayError as error:
             console.print(f"[yellow]the demo request failed:[/] {escape(str(error))}", soft_wrap=True)
@@ -303,8 +322,9 @@ def _welcome(settings: Settings, run: LocalRun, console: Console, demo: bool) ->
     console.print(f"\nBaton serves [bold]{escape(settings.model_name)}[/] at [bold]{url}/v1[/] (Ctrl-C stops it)")
     if settings.simulation is not None:
         console.print(f"[bold yellow]{SIMULATED}[/]", soft_wrap=True)
+    key = f' -H "authorization: Bearer ${client.API_KEY_VARIABLE}"' if settings.tenants else ""
     console.print(
-        escape(f"try: curl -N {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'"),
+        escape(f"try: curl -N {url}/v1/chat/completions{key} -H 'content-type: application/json' -d '{body}'"),
         soft_wrap=True,
     )
     console.print(f"logs: {run.paths.logs}", soft_wrap=True)
@@ -329,4 +349,4 @@ def _watch(run: LocalRun, console: Console) -> None:
             raise StartError(f"{dead}; everything is stopped")
 
 
-__all__ = ["BUILD", "base_url", "failure_of", "root_cause", "serve"]
+__all__ = ["BUILD", "base_url", "failure_of", "root_cause", "serve", "with_own_key"]

@@ -7,7 +7,7 @@ from prometheus_client import REGISTRY, Counter, Histogram, Metric
 
 from engine.protocol import Phase
 from gateway.routing.receipts import Receipt, Times
-from gateway.routing.types import Priority, Rejection
+from gateway.routing.types import Cause, Priority, Rejection
 
 YES_NO = ("no", "yes")
 BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
@@ -26,6 +26,10 @@ REJECTIONS = Counter(
     "Prompts that were not taken, by what the client was told, why, and the priority it asked for",
     ["status", "cause", "priority"],
 )
+TENANT_REFUSALS = Counter(
+    "baton_tenant_refusals", "What a tenant's own limits have refused; among baton_rejections too", ["tenant", "cause"]
+)
+UNAUTHENTICATED = Counter("baton_unauthenticated", "HTTP requests without a key that a tenant has")
 DEGRADED = Counter(
     "baton_degraded_placements", "Prompts that decode read itself because the prefill pool had no replica"
 )
@@ -94,9 +98,11 @@ def _predictions(receipt: Receipt) -> Iterator[tuple[str, float, float]]:
         yield "cached_tokens", predicted.cached_tokens, outcome.reused_tokens
 
 
-def count_rejection(rejection: Rejection, priority: Priority) -> None:
-    """Counts a prompt that has no receipt: nothing was placed."""
+def count_rejection(rejection: Rejection, priority: Priority, tenant: str | None = None) -> None:
+    """Counts a prompt that has no receipt: nothing was placed. `tenant`: whose it was, if that is known."""
     REJECTIONS.labels(str(rejection.status), rejection.cause, priority).inc()
+    if tenant is not None and rejection.cause in (Cause.TENANT_CONCURRENCY, Cause.TENANT_RATE):
+        TENANT_REFUSALS.labels(tenant, rejection.cause).inc()
 
 
 def count_loss(phase: Phase, cause: str) -> None:

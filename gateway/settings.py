@@ -1,10 +1,11 @@
 """Owns the configuration: one frozen tree, read from YAML, environment (BATON_*) and command line."""
 
+import ipaddress
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -23,7 +24,7 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
 
 class ModelSettings(Section):
@@ -176,6 +177,49 @@ class AdmissionSettings(Section):
         return self
 
 
+TENANT_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+NO_KEY = "0" * 64
+"""Stands in shipped configurations for the SHA-256 of a key. Nobody has a key of this digest."""
+
+
+def _key_digest(value: str) -> str:
+    # The message must not repeat the value: it may be a key that was pasted in the place of its digest.
+    if len(value) != 64 or not set(value) <= set("0123456789abcdef"):
+        raise ValueError(
+            "must be the SHA-256 of a key, 64 lower-case hex digits, as `baton key NAME` prints it, never a key itself"
+        )
+    return value
+
+
+KeyDigest = Annotated[str, AfterValidator(_key_digest)]
+
+
+class TenantSettings(Section):
+    """Who may ask, and what their hints may claim at most (docs/adr/0018). With several gateways each enforces its
+    part of the limits."""
+
+    name: Annotated[str, Field(pattern=f"^{TENANT_NAME}$")] = Field(
+        description="seeds the tenant's part of the cache: under another name its cache is cold"
+    )
+    api_key_sha256: Annotated[list[KeyDigest], Field(min_length=1)] = Field(
+        description="of each of its keys, as `baton key NAME` prints them; several while one replaces another"
+    )
+    operator: bool = Field(default=False, description="reads /metrics, all of /baton/status, and everybody's receipts")
+    max_priority: Literal["low", "normal", "high"] = "normal"
+    min_ttft_deadline_s: PositiveFloat | None = Field(
+        default=None, description="shortest deadline it may name; a shorter one is made this long"
+    )
+    max_ttft_deadline_s: PositiveFloat | None = Field(
+        default=None, description="longest deadline it may name; default: admission.ttft_deadline_s"
+    )
+    max_concurrent_requests: PositiveInt | None = Field(
+        default=None, description="at once; a request counts once for each choice of each of its prompts"
+    )
+    requests_per_minute: PositiveFloat | None = Field(
+        default=None, description="on average, counted likewise; those of ten seconds may come at once"
+    )
+
+
 PolicyName = Literal["baton", "least-tokens", "round-robin", "session-affinity", "dynamo", "llm-d"]
 
 
@@ -216,7 +260,10 @@ class RuntimeSettings(Section):
 class Settings(BaseSettings):
     """The whole configuration. Precedence: command line, environment (BATON_GATEWAY__PORT=...), YAML, default."""
 
-    model_config = SettingsConfigDict(extra="forbid", frozen=True, env_prefix="BATON_", env_nested_delimiter="__")
+    # Without the input in errors: a key may have been pasted where its digest belongs.
+    model_config = SettingsConfigDict(
+        extra="forbid", frozen=True, hide_input_in_errors=True, env_prefix="BATON_", env_nested_delimiter="__"
+    )
 
     model: ModelSettings
     pools: PoolsSettings
@@ -226,6 +273,7 @@ class Settings(BaseSettings):
     recovery: RecoverySettings = RecoverySettings()
     routing: RoutingSettings = RoutingSettings()
     admission: AdmissionSettings = AdmissionSettings()
+    tenants: list[TenantSettings] = Field(default=[], description="without any, everybody on this machine may ask")
     runtime: RuntimeSettings = RuntimeSettings()
 
     @classmethod
@@ -299,6 +347,53 @@ class Settings(BaseSettings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _tenants_can_be_told_apart(self) -> Self:
+        names: set[str] = set()
+        owners: dict[str, str] = {}
+        for tenant in self.tenants:
+            if tenant.name in names:
+                raise ValueError(f"tenants holds {tenant.name!r} twice; give each tenant a name of its own")
+            names.add(tenant.name)
+            for digest in tenant.api_key_sha256:
+                if digest == NO_KEY:
+                    continue
+                owner = owners.setdefault(digest, tenant.name)
+                if owner != tenant.name:
+                    raise ValueError(
+                        f"tenants {owner!r} and {tenant.name!r} have the same key (its SHA-256 begins {digest[:8]}); a "
+                        "key says who asks: make another with `baton key NAME`"
+                    )
+            shortest_s, longest_s = tenant.min_ttft_deadline_s, self.max_ttft_deadline_s(tenant)
+            if shortest_s is not None and shortest_s > longest_s:
+                raise ValueError(
+                    f"tenant {tenant.name!r} may name no deadline: min_ttft_deadline_s is {shortest_s:g}, the longest "
+                    f"is {longest_s:g}; lower the one or set max_ttft_deadline_s"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _is_open_to_nobody_unknown(self) -> Self:
+        if self.tenants:
+            return self
+        if not _is_loopback(self.gateway.host):
+            raise ValueError(
+                f"gateway.host is {self.gateway.host!r}, which others can reach, and there are no tenants: anybody "
+                "could ask. Make a key with `baton key NAME` and put what it prints under `tenants`, or set "
+                "gateway.host to 127.0.0.1"
+            )
+        if self.runtime.ray_address is not None:
+            raise ValueError(
+                "runtime.ray_address is set, and there are no tenants: Ray Serve listens on every network of a "
+                "cluster's nodes, whatever gateway.host says. Make a key with `baton key NAME` and put what it prints "
+                "under `tenants`"
+            )
+        return self
+
+    def max_ttft_deadline_s(self, tenant: TenantSettings) -> float:
+        """The longest deadline that a tenant's requests may name."""
+        return tenant.max_ttft_deadline_s or self.admission.ttft_deadline_s
+
     @property
     def model_name(self) -> str:
         return self.model.served_name or self.model.path
@@ -336,6 +431,15 @@ def load(path: str | Path, overrides: dict[str, Any] | None = None) -> Settings:
         raise ConfigError(_readable(file, error)) from error
 
 
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     result = dict(base)
     for key, value in over.items():
@@ -366,6 +470,8 @@ def _readable(file: Path, error: ValidationError) -> str:
 
 
 __all__ = [
+    "NO_KEY",
+    "TENANT_NAME",
     "AdmissionSettings",
     "ConfigError",
     "EngineSettings",
@@ -378,5 +484,6 @@ __all__ = [
     "RuntimeSettings",
     "Settings",
     "SimulationSettings",
+    "TenantSettings",
     "load",
 ]

@@ -69,7 +69,7 @@ class ClusterCoreClient(EngineCoreClient):
         """Requests added in this context are the choices of one prompt."""
         http = context.current.get()
         receipt_id = http.next_receipt_id() if http else uuid.uuid4().hex
-        received_s, hints = (http.received_s, http.hints) if http else (None, None)
+        received_s, hints = (http.received_s, http.capped_hints) if http else (None, None)
         group = self._orchestrator.new_group(receipt_id, num_choices, received_s, hints)
         if http:
             self._orchestrator.await_response(group)
@@ -106,19 +106,22 @@ class ClusterCoreClient(EngineCoreClient):
             sampling = encode_sampling(payload)
         except (OverflowError, TypeError, ValueError) as error:
             raise VLLMValidationError(f"a sampling parameter cannot be used: {error}") from error
+        http = context.current.get()
         sequence = SequenceRequest(
             request_id=request.request_id,
             prompt_token_ids=request.prompt_token_ids,
             max_tokens=params.max_tokens,
             sampling=sampling,
+            cache_salt=http.cache_salt if http else None,
             needs_whole_prompt=params.prompt_logprobs is not None,
             resumable=resumable,
         )
-        http = context.current.get()
         try:
+            if http and not group.sequences and (refused := http.take_prompt(group.num_choices)):
+                raise PlacementRejected(refused)
             self._orchestrator.add(sequence, group)
         except PlacementRejected as error:
-            metrics.count_rejection(error.rejection, group.hints.priority)
+            metrics.count_rejection(error.rejection, group.hints.priority, group.hints.tenant)
             self._refusals.note(group.receipt_id, error.rejection, group.hints.priority)
             if http:
                 http.rejection = error.rejection

@@ -25,6 +25,8 @@ REQUEST_ID_HEADER = "x-baton-request-id"
 UNREADABLE = "the request cannot be read: one of its parts is not what its type says"
 OPENAI_KINDS = {
     400: "BadRequestError",
+    401: "AuthenticationError",
+    403: "PermissionDeniedError",
     404: "NotFoundError",
     413: "RequestEntityTooLargeError",
     429: "RateLimitError",
@@ -158,11 +160,11 @@ class Intake:
         # Of a header that is sent twice the first counts.
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in reversed(scope["headers"])}
         if refused := fields.check_headers(headers):
-            await _send_error(scope, send, 400, refused.message, refused.param)
+            await send_error(scope, send, 400, refused.message, refused.param)
             return
         hints = read_hints(headers)
         if isinstance(hints, fields.Refused):
-            await _send_error(scope, send, 400, hints.message, hints.param)
+            await send_error(scope, send, 400, hints.message, hints.param)
             return
         if request := context.current.get():
             request.hints = hints
@@ -173,11 +175,11 @@ class Intake:
         body = await self._read(headers, receive)
         if body is None:
             message = f"the request body is larger than {self._max_body_bytes} bytes"
-            await _send_error(scope, send, 413, message)
+            await send_error(scope, send, 413, message)
             return
         checked = self._check(path, headers, body)
         if isinstance(checked, fields.Refused):
-            await _send_error(scope, send, 400, checked.message, checked.param)
+            await send_error(scope, send, 400, checked.message, checked.param)
             return
         kept, hints = checked
         if request is not None:
@@ -357,8 +359,11 @@ def error_body(path: str, status: int, message: str, param: str | None = None, k
     return json.dumps({"error": {"message": message, "type": kind, "param": param, "code": status}}).encode()
 
 
-async def _send_error(scope: Scope, send: Send, status: int, message: str, param: str | None = None) -> None:
-    for part in _messages(status, error_body(scope["path"], status, message, param), MutableHeaders({})):
+async def send_error(
+    scope: Scope, send: Send, status: int, message: str, param: str | None = None, headers: dict[str, str] | None = None
+) -> None:
+    """A whole response, in the shape the path's clients expect."""
+    for part in _messages(status, error_body(scope["path"], status, message, param), MutableHeaders(headers or {})):
         await send(part)
 
 

@@ -26,7 +26,9 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from engine.protocol import Phase
 from engine.vllm_codec import SamplingPayload, encode_sampling
 from gateway import metrics, scrape
+from gateway.agents.tenants import Limiter, Tenant, Tenants
 from gateway.api import context, fields
+from gateway.api.authentication import Authentication
 from gateway.api.engine_client import SplitEngineClient
 from gateway.api.middleware import Departure, Intake, ResponseStart, error_body
 from gateway.cluster import Replica
@@ -54,7 +56,7 @@ class NotRefused(logging.Filter):
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """What the HTTP application needs of the configuration."""
+    """What the HTTP application needs of the configuration. Without tenants it asks for no keys."""
 
     model: str
     served_name: str
@@ -68,6 +70,7 @@ class ServerConfig:
     max_choices: int
     send_timeout_s: float
     enable_docs: bool
+    tenants: tuple[Tenant, ...] = ()
 
 
 NOT_REFUSED = NotRefused()
@@ -124,9 +127,12 @@ async def make_app(config: ServerConfig, orchestrator: Orchestrator, peers: Peer
         app.add_exception_handler(status, _unknown_route)
     # vLLM has built the stack already; the next call builds it again. The layer that is added last is the outermost.
     app.middleware_stack = None
-    # No web page of another origin may read an answer: there are no keys yet that would tell whose it is.
+    # No web page of another origin may read an answer: on loopback there may be no keys to tell whose it is.
     app.user_middleware[:] = [layer for layer in app.user_middleware if layer.cls is not CORSMiddleware]
     app.add_middleware(Intake, max_body_bytes=config.max_body_bytes, max_choices=config.max_choices)
+    if config.tenants:
+        limiter = Limiter(num_gateways=lambda: len(peers.members()))
+        app.add_middleware(Authentication, tenants=Tenants(config.tenants), limiter=limiter)
     app.add_middleware(ResponseStart)
     app.add_middleware(Departure, send_timeout_s=config.send_timeout_s)
     envs.enable_envs_cache()  # vLLM asks for its variables with every token
@@ -174,6 +180,8 @@ def _add_baton_routes(app: FastAPI, config: ServerConfig, orchestrator: Orchestr
 
     async def all_metrics() -> Response:
         nonlocal gateways
+        if not _request().is_operators:
+            return _error(403, "metrics are of all tenants; the key of one with `operator: true` reads them")
         before, gateways = gateways, peers.members()
         metrics.count_gateways_gone(before, gateways)
         answers = await peers.metrics()
@@ -181,7 +189,9 @@ def _add_baton_routes(app: FastAPI, config: ServerConfig, orchestrator: Orchestr
         return MetricsResponse(await asyncio.to_thread(scrape.exposition, by_gateway, answers.missing))
 
     async def status() -> Response:
-        pools = {phase.value: [_replica(r) for r in orchestrator.cluster.pool(phase)] for phase in Phase}
+        sees_all = _request().is_operators
+        describe = _replica if sees_all else _replica_without_load
+        pools = {phase.value: [describe(r) for r in orchestrator.cluster.pool(phase)] for phase in Phase}
         return JSONResponse(
             {
                 "model": config.served_name,
@@ -190,16 +200,19 @@ def _add_baton_routes(app: FastAPI, config: ServerConfig, orchestrator: Orchestr
                 "gateway": peers.own_id,
                 "gateways": peers.members(),
                 "pools": pools,
-                "learnt": msgspec.to_builtins(orchestrator.learnt),
+                **({"learnt": msgspec.to_builtins(orchestrator.learnt)} if sees_all else {}),
             }
         )
 
     async def receipt(request_id: str) -> Response:
-        if found := orchestrator.receipts.get(request_id):
+        request = _request()
+        found = orchestrator.receipts.get(request_id)
+        if found and request.may_see(found.request.hints.tenant):
             return JSONResponse(found.as_json())
+        # Another tenant's is looked for on, so that not even the time tells that it is there.
         answers = await peers.receipt(request_id)
         for elsewhere in answers.by_gateway.values():
-            if elsewhere is not None:
+            if elsewhere is not None and (request.is_operators or request.may_see(_tenant_of(elsewhere))):
                 return JSONResponse(elsewhere)
         if answers.missing:
             message = f"no receipt {request_id} found, but {', '.join(answers.missing)} did not answer: try again"
@@ -215,12 +228,29 @@ def _error(status: int, message: str, headers: dict[str, str] | None = None) -> 
     return Response(error_body("/baton", status, message), status, headers, media_type="application/json")
 
 
-def _replica(replica: Replica) -> dict[str, Any]:
+def _request() -> context.RequestContext:
+    request = context.current.get()
+    assert request is not None, "ResponseStart is around every route"
+    return request
+
+
+def _tenant_of(receipt: dict[str, Any]) -> str | None:
+    """A gateway that is being replaced may not know of tenants yet."""
+    return receipt["request"]["hints"].get("tenant")
+
+
+def _replica_without_load(replica: Replica) -> dict[str, Any]:
     return {
         "id": replica.replica_id,
         "phase": replica.phase.value,
         "attached": replica.attached,
         "ready": replica.ready,
+        "info": msgspec.structs.asdict(replica.info) if replica.info else None,
+    }
+
+
+def _replica(replica: Replica) -> dict[str, Any]:
+    return _replica_without_load(replica) | {
         "in_flight_requests": replica.all_in_flight.num_requests,
         "in_flight_tokens": replica.all_in_flight.num_tokens,
         "own_in_flight_requests": len(replica.in_flight),
@@ -229,6 +259,5 @@ def _replica(replica: Replica) -> dict[str, Any]:
         "others_in_flight_tokens": replica.others_in_flight.num_tokens,
         "cached_kv_blocks": len(replica.blocks),
         "cached_kv_blocks_overflows": replica.blocks.num_overflows,
-        "info": msgspec.structs.asdict(replica.info) if replica.info else None,
         "load": msgspec.structs.asdict(replica.load),
     }

@@ -70,11 +70,13 @@ def _wait_until_ready(process: subprocess.Popen, log_path: Path) -> None:
 
 
 class Live:
-    """A server under test. `baseline` is each replica's count of used KV blocks when nothing was going on."""
+    """A server under test. `baseline` is each replica's count of used KV blocks when nothing was going on. `api_key`:
+    an operator's, where keys are asked for."""
 
-    def __init__(self, url: str):
+    def __init__(self, url: str, api_key: str | None = None):
         self.url = url
-        self.http = httpx.Client(base_url=url, timeout=DEADLINE_S)
+        headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+        self.http = httpx.Client(base_url=url, timeout=DEADLINE_S, headers=headers)
         self.baseline = self.used_blocks()
         self.known_answer = self.ask_known()
 

@@ -4,12 +4,16 @@ import asyncio
 from typing import Any, cast
 
 import pytest
+from vllm.exceptions import GracefulHTTPError
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.v1.engine import EngineCoreRequest
 
 from engine.vllm_codec import decode_sampling
+from gateway.agents.tenants import Entry, Limiter, Tenant
+from gateway.api import context
 from gateway.api.engine_client import ClusterCoreClient
 from gateway.orchestrator import Group, Orchestrator, SequenceRequest
+from gateway.routing.types import Hints, Priority
 
 
 class Recorder:
@@ -18,11 +22,17 @@ class Recorder:
     def __init__(self) -> None:
         self.added: list[SequenceRequest] = []
 
-    def new_group(self, receipt_id: str, num_choices: int, *_: object) -> Group:
-        return Group(receipt_id, num_choices, 0.0)
+        self.hints: list[Hints] = []
+
+    def new_group(self, receipt_id: str, num_choices: int, received_s: float | None, hints: Hints | None) -> Group:
+        return Group(receipt_id, num_choices, 0.0, hints or Hints())
+
+    def await_response(self, group: Group) -> None:
+        """What its response says is of no interest here."""
 
     def add(self, request: SequenceRequest, group: Group) -> None:
         self.added.append(request)
+        self.hints.append(group.hints)
 
 
 def core_request(params: SamplingParams) -> EngineCoreRequest:
@@ -72,3 +82,41 @@ def test_a_clients_seed_and_greedy_sampling_are_kept(arguments: dict[str, Any]) 
 def test_nothing_of_the_client_reaches_the_kv_transfer_layer() -> None:
     _, params = taken(extra_args={"kv_transfer_params": {"do_remote_prefill": True}})
     assert params.extra_args is None
+
+
+ALICE = Tenant("alice", (), max_concurrent_requests=2)
+
+
+async def asked(entry: Entry | None, num_choices: int = 1) -> Recorder:
+    """What the orchestrator is asked for by a request of a tenant, or of nobody in particular."""
+    recorder = Recorder()
+    client = ClusterCoreClient(cast(Orchestrator, recorder))
+    http = context.RequestContext("r", 0.0, Hints(Priority.HIGH, session="s"), entry=entry)
+    token = context.current.set(http)
+    try:
+        with client.group(num_choices):
+            await client.add_request_async(core_request(SamplingParams(max_tokens=5)))
+    finally:
+        context.current.reset(token)
+    return recorder
+
+
+def test_a_tenants_salt_and_what_its_limits_leave_of_hints_reach_the_orchestrator() -> None:
+    entry = Limiter().enter(ALICE)
+    assert isinstance(entry, Entry)
+    recorder = asyncio.run(asked(entry))
+    assert [request.cache_salt for request in recorder.added] == [ALICE.cache_salt]
+    assert recorder.hints == [ALICE.cap(Hints(Priority.HIGH, session="s"))]
+
+
+def test_without_tenants_there_is_no_salt_and_hints_are_as_they_were() -> None:
+    recorder = asyncio.run(asked(None))
+    assert [request.cache_salt for request in recorder.added] == [None]
+    assert recorder.hints == [Hints(Priority.HIGH, session="s")]
+
+
+def test_more_choices_than_the_tenant_may_have_reach_nobody() -> None:
+    entry = Limiter().enter(ALICE)
+    assert isinstance(entry, Entry)
+    with pytest.raises(GracefulHTTPError, match=r"tenant alice may have 2 requests at once here.* this is 2 more"):
+        asyncio.run(asked(entry, num_choices=3))

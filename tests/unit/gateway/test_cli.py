@@ -1,6 +1,7 @@
 """The command line: bad input is one readable line and a non-zero exit; good input reaches the gateway."""
 
 import json
+import re
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,9 +12,11 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from gateway import cli, doctor, launcher
+from gateway.agents.tenants import Tenants
+from gateway.app import tenants
 from gateway.doctor import Check, Outcome
 from gateway.receipt_log import ReceiptLog
-from gateway.settings import Settings
+from gateway.settings import Settings, load
 from tests.unit.gateway.test_replay import receipt
 
 CONFIG = """
@@ -57,9 +60,12 @@ RECEIPT = {
 
 
 class Gateway:
-    """A stand-in for a running gateway, on a real socket. `bodies` are the chats it was sent."""
+    """A stand-in for a running gateway, on a real socket. `bodies` are the chats it was sent, `keys` the keys that
+    came with requests; with an `api_key` it asks for that."""
 
     def __init__(self) -> None:
+        self.api_key: str | None = None
+        self.keys: list[str | None] = []
         self.bodies: list[dict[str, Any]] = []
         self.chat_status = 200
         self.chat_lines = [
@@ -75,6 +81,8 @@ class Gateway:
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
+                if self._is_unknown():
+                    return
                 answers = {
                     "/v1/models": {"data": [{"id": "tiny"}]},
                     "/baton/status": gateway.status,
@@ -83,7 +91,17 @@ class Gateway:
                 answer = answers.get(self.path)
                 self._send(200 if answer else 404, json.dumps(answer or {"detail": "no such receipt"}))
 
+            def _is_unknown(self) -> bool:
+                key = self.headers.get("authorization")
+                gateway.keys.append(key)
+                is_unknown = gateway.api_key is not None and key != f"Bearer {gateway.api_key}"
+                if is_unknown:
+                    self._send(401, json.dumps({"error": {"message": "no tenant has this API key"}}))
+                return is_unknown
+
             def do_POST(self) -> None:
+                if self._is_unknown():
+                    return
                 gateway.bodies.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
                 if gateway.chat_status != 200:
                     self._send(gateway.chat_status, json.dumps({"error": {"message": "the queue is full"}}))
@@ -353,3 +371,74 @@ def test_replay_says_what_it_cannot_read(arguments: list[str], message: str, tmp
     result = baton("replay", *arguments)
     assert result.exit_code == 1
     assert message in result.output
+
+
+# -- keys
+
+
+def test_ask_and_status_come_with_the_key_of_the_environment(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    gateway.api_key = "baton-secret"
+    monkeypatch.setenv("BATON_API_KEY", gateway.api_key)
+    assert baton("ask", "six times seven?", "--url", gateway.url, "--receipt").exit_code == 0
+    assert baton("status", "--url", gateway.url).exit_code == 0
+    # The model's name, the chat, two for its receipt, the status.
+    assert gateway.keys == [f"Bearer {gateway.api_key}"] * 5
+
+
+def test_without_a_key_none_is_sent(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BATON_API_KEY", raising=False)
+    assert baton("status", "--url", gateway.url).exit_code == 0
+    assert gateway.keys == [None]
+
+
+@pytest.mark.parametrize("command", [["status"], ["ask", "hello"]])
+def test_a_gateway_that_asks_for_a_key_is_one_line_that_says_where_to_put_it(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    gateway.api_key = "baton-secret"
+    monkeypatch.setenv("BATON_API_KEY", "baton-wrong")
+    said = complaint(baton(*command, "--url", gateway.url))
+    assert "answered 401: no tenant has this API key; set BATON_API_KEY to a key of it" in said
+    assert "baton-wrong" not in said
+
+
+@pytest.mark.parametrize("key", ["baton-secret\n", "baton secret", "baton-s\u00e4cret"])
+def test_a_key_that_cannot_be_sent_is_refused_and_not_shown(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setenv("BATON_API_KEY", key)
+    result = baton("status", "--url", gateway.url)
+    assert "BATON_API_KEY holds characters that no key has" in complaint(result)
+    assert key.strip() not in result.output + repr(result.exception)
+    assert gateway.keys == []
+
+
+def test_no_command_takes_a_key_as_an_argument() -> None:
+    for command in ("ask", "status", "serve", "doctor"):
+        assert not re.search(r"--\S*key", baton(command, "--help").output)
+
+
+def test_status_of_a_tenant_shows_what_it_was_told_and_no_zeros(gateway: Gateway) -> None:
+    told = {"id": "decode-1", "phase": "decode", "attached": True, "ready": True, "info": {"num_kv_blocks": 200}}
+    gateway.status = STATUS | {"pools": {"prefill": [], "decode": [told]}}
+    (row,) = [line for line in baton("status", "--url", gateway.url).output.splitlines() if "decode-1" in line]
+    assert row.split() == ["decode", "decode-1", "attached", "-", "-", "-", "-", "-"]
+
+
+def test_a_new_key_is_shown_once_with_what_to_put_into_the_configuration(tmp_path: Path) -> None:
+    shown = [baton("key", "alice").stdout for _ in range(2)]
+    keys = [re.findall(r"\bbaton-[\w-]{40,}", text) for text in shown]
+    assert [len(found) for found in keys] == [1, 1]
+    assert keys[0] != keys[1]
+    path = tmp_path / "config.yaml"
+    path.write_text(CONFIG + shown[0][shown[0].index("tenants:") :])
+    (tenant,) = tenants(load(path))
+    assert tenant.name == "alice"
+    assert Tenants([tenant]).of(keys[0][0].encode()) == tenant
+
+
+@pytest.mark.parametrize("name", ["", "a b", "-alice", "a" * 65, "alice\n", "älice"])
+def test_a_name_that_no_tenant_can_have_gets_no_key(name: str) -> None:
+    said = complaint(baton("key", "--", name))
+    assert "cannot name a tenant" in said
+    assert "baton-" not in said

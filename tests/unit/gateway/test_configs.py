@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.settings import Settings, load
+from gateway.settings import NO_KEY, Settings, load
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 NAMES = sorted(path.name for path in CONFIGS.glob("*.yaml"))
@@ -106,6 +106,13 @@ def test_gpu_reads_and_writes_on_different_accelerators() -> None:
     assert prefill.engine.max_num_seqs < decode.engine.max_num_seqs
     assert settings.runtime.ray_address == "auto"
     assert settings.model.dtype == "bfloat16"
+
+
+def test_what_ships_lets_nobody_in_whose_key_is_known() -> None:
+    assert [name for name in NAMES if config(name).tenants] == ["gpu.yaml"]
+    settings = config("gpu.yaml")
+    assert {digest for tenant in settings.tenants for digest in tenant.api_key_sha256} == {NO_KEY}
+    assert [tenant.operator for tenant in settings.tenants] == [False, True]
 
 
 def test_only_simulated_simulates_and_its_heading_says_what_its_figures_are_not() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from gateway import doctor
 from gateway.doctor import GIB, Check, MachineFacts, ModelFacts, Outcome
-from gateway.settings import Settings
+from gateway.settings import NO_KEY, Settings, TenantSettings
 
 GOOD_MODEL = ModelFacts(exists=True, has_config=True, has_tokenizer=True, has_weights=True, context_tokens=8192)
 GOOD = MachineFacts(
@@ -207,3 +207,14 @@ def test_facts_are_gathered_fast_and_without_importing_vllm() -> None:
     assert facts.python == (3, 11)
     assert facts.cores
     assert facts.memory_available_bytes > 0
+
+
+def test_a_tenant_whose_key_is_a_placeholder_is_a_warning_with_what_to_do() -> None:
+    tenants = [
+        TenantSettings(name="alice", api_key_sha256=["a" * 64]),
+        TenantSettings(name="bob", api_key_sha256=[NO_KEY]),
+    ]
+    problem = the_problem(GOOD, settings().model_copy(update={"tenants": tenants}))
+    assert (problem.name, problem.outcome) == ("tenant bob", Outcome.WARN)
+    assert "nobody is let in" in str(problem)
+    assert "`baton key bob`" in str(problem)

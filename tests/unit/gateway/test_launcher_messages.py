@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 
 from gateway import client, launcher
+from gateway.agents.tenants import Tenants
+from gateway.app import tenants
 from gateway.runtime import confine
 from gateway.runtime.environment import RunPaths, environment, variables
 from gateway.runtime.events import AppStatus, DeploymentState
+from gateway.runtime.local import StartError
 from gateway.settings import Settings
 
 CONSTRUCTOR_FAILED = """The deployment failed to start 1 times in a row. See controller logs for details. Error:
@@ -28,10 +31,37 @@ engine.protocol.EngineGoneError: the model cannot be read
 """
 
 
-def settings(host: str = "127.0.0.1") -> Settings:
+def settings(host: str = "127.0.0.1", tenant: str = "alice") -> Settings:
     return Settings.model_validate(
-        {"model": {"path": "org/model"}, "pools": {"decode": {"device": "cpu"}}, "gateway": {"host": host}}
+        {
+            "model": {"path": "org/model"},
+            "pools": {"decode": {"device": "cpu"}},
+            "gateway": {"host": host},
+            "tenants": [{"name": tenant, "api_key_sha256": ["a" * 64]}],
+        }
     )
+
+
+def test_a_run_has_a_key_of_its_own_where_keys_are_asked_for() -> None:
+    changed, key = launcher.with_own_key(settings())
+    assert key is not None
+    alice, own = tenants(changed)
+    assert (alice.name, alice.operator) == ("alice", False)
+    assert own.operator
+    assert Tenants([alice, own]).of(key.encode()) == own
+    assert key not in changed.model_dump_json()
+    assert Settings.model_validate_json(changed.model_dump_json()) == changed
+    assert launcher.with_own_key(settings())[1] != key
+
+
+def test_a_run_without_tenants_needs_no_key() -> None:
+    without = settings().model_copy(update={"tenants": []})
+    assert launcher.with_own_key(without) == (without, None)
+
+
+def test_a_tenant_that_is_called_as_the_run_calls_itself_is_refused() -> None:
+    with pytest.raises(StartError, match="give it another name"):
+        launcher.with_own_key(settings(tenant=launcher.OWN_TENANT))
 
 
 def test_the_root_cause_is_the_last_exception_with_its_lines() -> None:
@@ -174,15 +204,15 @@ def test_a_run_is_complete_when_every_gateway_has_seen_all_replicas_ready(monkey
         ]
     )
 
-    def status(url: str, timeout_s: float) -> dict[str, object]:
-        assert url == "http://127.0.0.1:8000"
+    def status(url: str, timeout_s: float, api_key: str | None) -> dict[str, object]:
+        assert (url, api_key) == ("http://127.0.0.1:8000", "key")
         answer = next(answers)
         if isinstance(answer, client.GatewayError):
             raise answer
         return answer
 
     monkeypatch.setattr(client, "status", status)
-    watch = launcher.PoolWatch(two_gateways)
+    watch = launcher.PoolWatch(two_gateways, "key")
     assert [watch.look() for _ in range(4)] == [
         "http://127.0.0.1:8000 did not answer in time",
         "0 of 1 decode replicas are ready",
@@ -193,6 +223,6 @@ def test_a_run_is_complete_when_every_gateway_has_seen_all_replicas_ready(monkey
 
 def test_a_run_is_not_complete_before_every_gateway_has_answered(monkeypatch: pytest.MonkeyPatch) -> None:
     two_gateways = settings().model_copy(update={"gateway": settings().gateway.model_copy(update={"replicas": 2})})
-    monkeypatch.setattr(client, "status", lambda url, timeout_s: {"gateway": "one", "pools": pools([], [True])})
+    monkeypatch.setattr(client, "status", lambda *_: {"gateway": "one", "pools": pools([], [True])})
     watch = launcher.PoolWatch(two_gateways)
     assert {watch.look() for _ in range(3)} == {"1 of 2 gateways have answered"}

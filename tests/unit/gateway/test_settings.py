@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from gateway.app import from_config
+from gateway.app import tenants as tenants_of
 from gateway.routing.admission import AdmissionConfig
-from gateway.settings import ConfigError, load
+from gateway.settings import NO_KEY, ConfigError, load
 
 GOOD = """
 model: {path: ./model}
@@ -190,3 +192,108 @@ def test_spare_core_sets_are_taken_by_replicas_and_so_must_be_free(tmp_path: Pat
 def test_a_lease_too_short_for_heartbeats_is_refused(tmp_path: Path) -> None:
     assert "handoff.lease_s" in refusal(written(tmp_path, SPLIT + "handoff: {lease_s: 5}\n"))
     assert load(written(tmp_path, SPLIT + "handoff: {lease_s: 6}\n")).handoff.lease_s == 6
+
+
+# -- tenants
+
+A, B = "a" * 64, "b" * 64
+
+
+def with_tenants(folder: Path, *tenants: str, more: str = "") -> Path:
+    return written(folder, GOOD + "tenants:\n" + "".join(f"  - {{{tenant}}}\n" for tenant in tenants) + more)
+
+
+def test_tenants_have_names_keys_and_limits(tmp_path: Path) -> None:
+    alice, operator = load(
+        with_tenants(
+            tmp_path,
+            f"name: alice, api_key_sha256: [{A}, {B}], max_priority: high, requests_per_minute: 0.5",
+            f"name: ops, api_key_sha256: [{'c' * 64}], operator: true",
+        )
+    ).tenants
+    assert (alice.api_key_sha256, alice.max_priority, alice.requests_per_minute) == ([A, B], "high", 0.5)
+    assert (alice.operator, operator.operator, operator.max_priority) == (False, True, "normal")
+    assert operator.max_concurrent_requests is None
+
+
+def test_two_tenants_of_one_name_are_refused(tmp_path: Path) -> None:
+    path = with_tenants(tmp_path, f"name: alice, api_key_sha256: [{A}]", f"name: alice, api_key_sha256: [{B}]")
+    assert "tenants holds 'alice' twice" in refusal(path)
+
+
+def test_two_tenants_with_one_key_are_refused_by_name(tmp_path: Path) -> None:
+    path = with_tenants(tmp_path, f"name: alice, api_key_sha256: [{A}, {B}]", f"name: bob, api_key_sha256: [{B}]")
+    assert "tenants 'alice' and 'bob' have the same key" in refusal(path)
+
+
+def test_the_placeholder_of_a_key_is_nobodys_and_may_be_everybodys(tmp_path: Path) -> None:
+    placeholder = f"api_key_sha256: ['{NO_KEY}']"
+    settings = load(with_tenants(tmp_path, f"name: alice, {placeholder}", f"name: bob, {placeholder}"))
+    assert [tenant.key_digests for tenant in tenants_of(settings)] == [(), ()]
+
+
+PASTED = "baton-a-key-that-was-pasted-in-the-place-of-its-digest"
+
+
+@pytest.mark.parametrize("digest", [PASTED, f"'{'A' * 64}'", "'abc'", "''", f"'{'a' * 65}'"])
+def test_what_is_no_digest_is_refused_and_not_repeated(tmp_path: Path, digest: str) -> None:
+    path = with_tenants(tmp_path, f"name: alice, api_key_sha256: [{digest}]")
+    with pytest.raises(ConfigError) as error:
+        load(path)
+    assert "tenants.0.api_key_sha256.0: must be the SHA-256 of a key" in str(error.value)
+    assert "as `baton key NAME` prints it" in str(error.value)
+    # Nor in what it came from, which a traceback shows.
+    assert PASTED not in f"{error.value} {error.value.__cause__}"
+
+
+@pytest.mark.parametrize(
+    ("tenant", "says"),
+    [
+        ("name: alice, api_key_sha256: []", "tenants.0.api_key_sha256: "),
+        ("name: alice", "tenants.0.api_key_sha256: Field required"),
+        (f"name: 'a b', api_key_sha256: [{A}]", "tenants.0.name: "),
+        (f"name: '', api_key_sha256: [{A}]", "tenants.0.name: "),
+        (f"name: alice, api_key_sha256: [{A}], max_priority: urgent", "tenants.0.max_priority: "),
+        (f"name: alice, api_key_sha256: [{A}], requests_per_minute: 0", "tenants.0.requests_per_minute: "),
+        (f"name: alice, api_key_sha256: [{A}], max_concurrent_requests: 0", "tenants.0.max_concurrent_requests: "),
+        (f"name: alice, api_key_sha256: [{A}], api_key: x", "tenants.0.api_key: unknown key"),
+        (f"name: alice, api_key_sha256: [{A}], min_ttft_deadline_s: 31", "'alice' may name no deadline"),
+    ],
+)
+def test_a_tenant_that_cannot_be_is_refused_with_its_place(tmp_path: Path, tenant: str, says: str) -> None:
+    assert says in refusal(with_tenants(tmp_path, tenant))
+
+
+def test_the_longest_deadline_a_tenant_may_name_is_the_configurations_unless_it_says_more(tmp_path: Path) -> None:
+    path = with_tenants(
+        tmp_path,
+        f"name: alice, api_key_sha256: [{A}]",
+        f"name: bob, api_key_sha256: [{B}], max_ttft_deadline_s: 300",
+        more="admission: {ttft_deadline_s: 20}\n",
+    )
+    assert [tenant.max_ttft_deadline_s for tenant in tenants_of(load(path))] == [20, 300]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "localhost"])
+def test_without_tenants_it_may_listen_on_loopback(config: Path, host: str) -> None:
+    assert load(config, {"gateway.host": host}).gateway.host == host
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.1.2.3", "gateway.example", ""])
+def test_without_tenants_it_may_listen_nowhere_else(tmp_path: Path, config: Path, host: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load(config, {"gateway.host": host})
+    assert f"gateway.host is {host!r}, which others can reach, and there are no tenants" in str(error.value)
+    assert "`baton key NAME`" in str(error.value)
+    path = with_tenants(tmp_path, f"name: alice, api_key_sha256: [{A}]")
+    assert load(path, {"gateway.host": host}).gateway.host == host
+
+
+def test_without_tenants_it_may_run_on_no_cluster_whatever_the_host(config: Path) -> None:
+    with pytest.raises(ConfigError, match=r"whatever gateway\.host says"):
+        load(config, {"runtime.ray_address": "auto"})
+
+
+def test_an_application_for_an_existing_cluster_has_tenants(config: Path) -> None:
+    with pytest.raises(ConfigError, match=r"has no tenants, and Ray Serve listens on every network"):
+        from_config({"config": str(config)})
