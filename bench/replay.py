@@ -361,7 +361,7 @@ class Replay:
         text.answered(index, prompt, one.answer)
 
     def _num_cacheable(self, turn: Turn) -> int:
-        """Of its prompt, in an infinite cache that all share: what it keeps, or shared blocks that were asked before."""
+        """Of its prompt, in an infinite cache of all: what it keeps, or shared blocks that were asked before."""
         size, num_shared = self._trace.block_size_tokens, 0
         for block in turn.block_ids:
             if block >= 0:

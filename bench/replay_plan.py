@@ -51,9 +51,9 @@ SLO = ServiceLevel()
 class RunPlan:
     """One run. Trajectories arrive as a Poisson process of `rate_per_s`; the cohort that is measured is the first
     `num_trajectories` after `warm_up_s`, and no more arrive after it. The turns that are measured, of whatever
-    trajectory, begin between the cohort's first arrival and its last one. Pauses are cut at `max_pause_s`. `load` is the rate over
-    the one of the oracle's bound. Without `drains` the run ends when the measured turns have, and says nothing of
-    trajectories."""
+    trajectory, begin between the cohort's first arrival and its last one. Pauses are cut at `max_pause_s`. `load` is
+    the rate over another one, which the report names. Without `drains` the run ends when the measured turns have, and
+    says nothing of trajectories."""
 
     trace: str
     policy: str

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from engine.blocks import block_hashes
-from engine.latency import Latency, LatencyModel, StepWork
+from engine.latency import Latency, StepWork
 from engine.load import Ledger, Pace
 from engine.protocol import (
     BlockChanges,
@@ -202,8 +202,8 @@ class _Pinned:
 
 class SimulatedEngine:
     """Steps like vLLM's V1 scheduler with its priority policy: running sequences first, chunked prefill, admission of
-    prompts whose blocks fit in the order of `priority` (lower first) and arrival, preemption of the youngest sequence of
-    the highest `priority` when blocks run out. `sampling` is ignored.
+    prompts whose blocks fit in the order of `priority` (lower first) and arrival, preemption of the youngest sequence
+    of the highest `priority` when blocks run out. `sampling` is ignored.
 
     It needs a running event loop and lives on its clock, which may be a virtual one.
     """
