@@ -113,8 +113,8 @@ class TrajectoryResult:
 
 @dataclass(frozen=True)
 class RunFigures:
-    """One run's figures. `slo_share` is of the measured turns, and no refusal or failure keeps it. GPU-seconds are of the
-    measured window, as a share of it in `*_busy`. `slowdown` is each root session's time without pauses over the
+    """One run's figures. `slo_share` is of the measured turns, and no refusal or failure keeps it. GPU-seconds are of
+    the measured window, as a share of it in `*_busy`. `slowdown` is each root session's time without pauses over the
     oracle's. `kv_moved_bytes` travelled from prefill to decode."""
 
     plan: RunPlan

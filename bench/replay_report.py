@@ -212,7 +212,7 @@ def _of(percentiles: Callable[[RunFigures], Percentiles], style: str, scale: flo
     )
 
 
-COLUMNS: Mapping[str, Column] = {
+TIMES: Mapping[str, Column] = {
     "in SLO": ((lambda run: run.slo_share, ".1%"),),
     "TTFT s\nmean/p50/p90/p99": ((lambda run: run.ttft_mean_s, ".2f"), *_of(lambda run: run.ttft_s, ".3g")),
     "TPOT ms\np50/p90/p99": _of(lambda run: run.tpot_s, ".3g", 1000),
@@ -220,33 +220,37 @@ COLUMNS: Mapping[str, Column] = {
     "session s\nmean/p50/p90/p99": ((lambda run: run.session_mean_s, ".0f"), *_of(lambda run: run.session_s, ".0f")),
     "without pauses\np50/p90/p99": _of(lambda run: run.busy_s, ".0f"),
     "of the least\np50/p99": tuple(_of(lambda run: run.slowdown, ".3g")[index] for index in (0, 2)),
+}
+RESOURCES: Mapping[str, Column] = {
     "cached\nof at most": ((lambda run: run.hit_rate, ".1%"), (lambda run: run.hit_rate_ceiling, ".1%")),
     "KV moved\nTB": ((lambda run: run.kv_moved_bytes / 1e12, ".2f"),),
     "GPUs busy\nP/D": ((lambda run: run.prefill_busy, ".0%"), (lambda run: run.decode_busy, ".0%")),
+    "GPU seconds\nP/D": ((lambda run: run.prefill_gpu_s, ",.0f"), (lambda run: run.decode_gpu_s, ",.0f")),
     "refused": ((lambda run: run.num_refusals, ".0f"),),
+    "turns\nmeasured/all": ((lambda run: run.num_turns, ",.0f"), (lambda run: run.num_turns_in_all, ",.0f")),
+    "CPU s": ((lambda run: run.cpu_s, ".0f"),),
 }
 
 
 def run_tables(report: ReplayReport) -> Iterator[Table]:
-    """One for each trace and load."""
+    """Two for each trace and load: times, and what they took."""
     for trace in report.plan.traces:
         runs = [run for run in report.runs if run.plan.trace == trace]
         for load in sorted({run.plan.load for run in runs}):
-            rates = sorted({run.plan.rate_per_s for run in runs if run.plan.load == load})
-            table = Table(
-                title=f"{Path(trace).name} at {', '.join(f'{rate * 60:.3g}' for rate in rates)} trajectories a minute "
-                f"(load {load:.3g}), mean of seeds",
-                box=box.SIMPLE_HEAD,
-            )
-            table.add_column("shape", no_wrap=True)
-            table.add_column("policy", no_wrap=True)
-            for name in COLUMNS:
-                table.add_column(name, justify="right", no_wrap=True)
-            for shape in report.plan.shapes:
-                for policy in report.plan.policies:
-                    if cell := report.cell(trace, load, policy, shape):
-                        table.add_row(str(shape), policy, *(_written(cell, column) for column in COLUMNS.values()))
-            yield table
+            per_minute = sorted({f"{run.plan.rate_per_s * 60:.3g}" for run in runs if run.plan.load == load})
+            of = "the best other's goodput" if report.plan.searches else "the bound"
+            where = f"{Path(trace).name}, {', '.join(per_minute)} trajectories a minute, {load:.3g} of {of}"
+            for columns in (TIMES, RESOURCES):
+                table = Table(title=f"{where}, mean of seeds", box=box.SIMPLE_HEAD)
+                for name in ("shape", "policy"):
+                    table.add_column(name, no_wrap=True)
+                for name in columns:
+                    table.add_column(name, justify="right", no_wrap=True)
+                for shape in report.plan.shapes:
+                    for policy in report.plan.policies:
+                        if cell := report.cell(trace, load, policy, shape):
+                            table.add_row(str(shape), policy, *(_written(cell, one) for one in columns.values()))
+                yield table
 
 
 def _written(cell: Sequence[RunFigures], column: Column) -> str:

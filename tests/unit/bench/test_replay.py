@@ -195,7 +195,7 @@ def test_the_first_turn_alone_on_idle_engines_takes_what_the_oracle_says(folder:
 def test_the_command_searches_compares_and_writes_its_report(folder: Path, tmp_path: Path) -> None:
     json_file, plot = tmp_path / "r.json", tmp_path / "r.html"
     options = ["--policies", "round-robin", "--shapes", "1x1", "--seeds", "0", "--turns", "12", "--shards", "1"]
-    more = ["--of-bound", "0.02", "--json", str(json_file), "--plot", str(plot)]
+    more = ["--rates", "0.05", "--json", str(json_file), "--plot", str(plot)]
     result = CliRunner().invoke(app, ["replay", str(folder), *options, *more])
     assert result.exit_code == 0, result.output
     assert "trajectories a minute" in result.output
