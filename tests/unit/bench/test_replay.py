@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from bench.__main__ import app
 from bench.oracle import Limits, session_spans, turn_s
 from bench.replay import Replay, run
-from bench.replay_plan import RunFigures, RunPlan, ServiceLevel, Shape, TurnResult
+from bench.replay_plan import RunFigures, RunPlan, ServiceLevel, Shape, TurnResult, figures
 from bench.replay_search import Goodput, bound_per_s, fitted, search
 from bench.replay_text import SessionText, Texts
 from bench.traces import Session, Trace, Turn, linked
@@ -53,14 +53,14 @@ def replayed(plan: RunPlan, trace: Trace) -> Replay:
 @pytest.mark.parametrize("shape", [Shape(1, 1), Shape(0, 2)], ids=str)
 def test_with_room_sessions_take_little_more_than_the_least(folder: Path, shape: Shape) -> None:
     trace = fitted(str(folder), MODEL)
-    figures = run(plan(folder, shape=shape, policy="session-affinity", rate_per_s=0.01), trace)
-    assert (figures.num_failed, figures.num_refusals) == (0, 0)
-    assert 1.0 <= figures.slowdown.p50 < 1.5
-    assert figures.session_s.p50 < figures.least_session_s.p50 + 0.5
-    assert figures.slo_share == 1.0
-    assert 0 < figures.hit_rate <= figures.hit_rate_ceiling < 1
-    assert (figures.prefill_gpu_s > 0) == (shape.prefill > 0)
-    assert figures.decode_gpu_s > 0
+    measured = run(plan(folder, shape=shape, policy="session-affinity", rate_per_s=0.01), trace)
+    assert (measured.num_failed, measured.num_refusals) == (0, 0)
+    assert 1.0 <= measured.slowdown.p50 < 1.5
+    assert measured.session_s.p50 < measured.least_session_s.p50 + 0.5
+    assert measured.slo_share == 1.0
+    assert 0 < measured.hit_rate <= measured.hit_rate_ceiling < 1
+    assert (measured.prefill_gpu_s > 0) == (shape.prefill > 0)
+    assert measured.decode_gpu_s > 0
 
 
 def test_the_same_seed_gives_the_same_figures_and_another_one_others(folder: Path) -> None:
@@ -150,12 +150,15 @@ def test_blocks_of_a_copy_are_its_own_and_shared_ones_everybodys() -> None:
 # -- the search
 
 
+def figures_of(plan: RunPlan) -> RunFigures:
+    turn = TurnResult(0.0, 1.0, 2.0, 100, 10, 90, 80, 20, 5, cold_s=1.0, num_refusals=0)
+    return figures(plan, [turn], [], 1, 10.0, (5.0, 20.0), 1.0)
+
+
 @pytest.mark.parametrize("capacity", [0.013, 0.2, 0.61, 5.0])
 def test_the_search_finds_the_highest_load_that_keeps_the_level(folder: Path, capacity: float) -> None:
-    figures = run(plan(folder, drains=False), fitted(str(folder), MODEL))
-
     def runs(plan: RunPlan) -> RunFigures:
-        return dataclasses.replace(figures, plan=plan, slo_share=1.0 if plan.load <= capacity else 0.5)
+        return dataclasses.replace(figures_of(plan), slo_share=1.0 if plan.load <= capacity else 0.5)
 
     goodput = list(search(plan(folder), runs))[-1]
     assert isinstance(goodput, Goodput)
@@ -166,8 +169,7 @@ def test_the_search_finds_the_highest_load_that_keeps_the_level(folder: Path, ca
 
 
 def test_a_policy_that_never_keeps_the_level_has_no_goodput(folder: Path) -> None:
-    figures = dataclasses.replace(run(plan(folder, drains=False), fitted(str(folder), MODEL)), slo_share=0.0)
-    *_, goodput = search(plan(folder), lambda _: figures)
+    *_, goodput = search(plan(folder), lambda plan: dataclasses.replace(figures_of(plan), slo_share=0.0))
     assert isinstance(goodput, Goodput)
     assert goodput.rate_per_s == 0.0
 
@@ -181,12 +183,12 @@ def test_the_first_turn_alone_on_idle_engines_takes_what_the_oracle_says(folder:
     alone = dataclasses.replace(
         trace, trajectories=(dataclasses.replace(trace.trajectories[0], root=Session(session.turns[:1])),)
     )
-    figures = run(plan(folder, shape=Shape(0, 1), rate_per_s=0.001, num_trajectories=2), alone)
+    measured = run(plan(folder, shape=Shape(0, 1), rate_per_s=0.001, num_trajectories=2), alone)
     starts_s, span, _ = session_spans(LIMITS, alone.trajectories[0].root, trace.block_size_tokens)
     ttft_s, decode_s = turn_s(LIMITS, session.turns[0], trace.block_size_tokens)
     assert starts_s == [0.0]
     assert span.total_s == ttft_s + decode_s
-    assert ttft_s + decode_s <= figures.turn_mean_s < ttft_s + decode_s + 0.05
+    assert ttft_s + decode_s <= measured.turn_mean_s < ttft_s + decode_s + 0.05
 
 
 # -- the command
