@@ -174,6 +174,7 @@ def test_the_highest_priority_is_preempted_first_also_when_it_is_the_oldest() ->
         rig = Rig(dataclasses.replace(CONFIG, num_kv_blocks=32))
         for request_id, priority in (("least", 9), ("most", 0), ("middle", 1)):
             await rig.submit(request_id, prompt(72, priority), 40, priority)
+            await asyncio.sleep(0.001)
         await asyncio.sleep(20)
         ends = {one: told.end_s for one, told in rig.told.items()}
         assert sorted(ends, key=lambda one: ends[one] or 0.0) == ["most", "middle", "least"]
