@@ -594,7 +594,7 @@ def replay(
     quick: Annotated[bool, typer.Option("--quick", help="A short cohort, one seed.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Exit 1 where a target is missed.")] = False,
 ) -> None:
-    """Replay recorded agent sessions through the orchestrator and workers that ship, in virtual time over simulated GPUs."""
+    """Replay recorded agent sessions through what ships, in virtual time over simulated GPUs."""
     console = _console()
     from bench.replay_experiment import Experiment as ReplayExperiment
     from bench.replay_plan import Shape
@@ -646,8 +646,8 @@ def replay(
     report = experiment.report
     for trace in report.traces:
         console.print(
-            f"{trace.path}: {trace.num_trajectories:,} trajectories, {trace.num_turns:,} turns ({trace.num_cut_turns} cut "
-            f"off), bound {trace.bound_per_gpu_s * 60:.3g} trajectories per minute and GPU",
+            f"{trace.path}: {trace.num_trajectories:,} trajectories, {trace.num_turns:,} turns "
+            f"({trace.num_cut_turns} cut off), bound {trace.bound_per_gpu_s * 60:.3g} trajectories per minute and GPU",
             soft_wrap=True,
         )
     if report.goodputs:

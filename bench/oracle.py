@@ -107,10 +107,9 @@ def session_spans(limits: Limits, session: Session, block_size_tokens: int) -> t
     starts_s: list[float] = []
     ends: dict[int | None, list[tuple[float, float]]] = {}
     for index, turn in enumerate(session.turns):
-        for end_s, child_pause_s in sorted(ends.get(index, [])):
-            if end_s > now_s:
-                pause_s += child_pause_s
-                now_s = end_s
+        end_s, child_pause_s = max(ends.get(index, []), default=(0.0, 0.0))
+        if end_s > now_s:
+            now_s, pause_s = end_s, pause_s + child_pause_s
         wait_s = min(turn.pause_s, limits.max_pause_s)
         if turn.arrives_s is not None:
             wait_s = max(turn.arrives_s - now_s, 0.0)

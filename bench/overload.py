@@ -26,8 +26,9 @@ from bench.overload_report import (
 from bench.stats import percentiles
 from bench.virtual_time import VirtualTimeLoop
 from decode.worker import DecodeWorker
+from engine.latency import LatencyModel
 from engine.protocol import Phase
-from engine.simulated import LatencyModel, SimulatedEngine, SimulatedEngineConfig, SimulatedFabric
+from engine.simulated import SimulatedEngine, SimulatedEngineConfig, SimulatedFabric
 from engine.worker import Worker
 from gateway.orchestrator import Orchestrator, OrchestratorConfig, PlacementRejected, SequenceRequest
 from gateway.routing.admission import AdmissionConfig

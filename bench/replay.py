@@ -204,42 +204,41 @@ class Replay:
 
     async def _arrive(self) -> None:
         """All trajectories, from those that are under way already to the last one of the cohort."""
-        plan = self._plan
-        # Each kind of chance has a source of its own: who comes in which order is the same at every rate.
-        gaps, drawn = random.Random(f"gaps {plan.seed}"), self._drawn(random.Random(f"order {plan.seed}"))
-        began_s = self._loop.time()
-        self._start_residents(random.Random(f"residents {plan.seed}"), began_s)
-        next_s = began_s
-        cohort, busy_before_s = 0, self._busy_s()
-        while cohort < plan.num_trajectories:
-            next_s += gaps.expovariate(1.0) / plan.rate_per_s
-            await asyncio.sleep(next_s - self._loop.time())
-            is_cohort = next_s >= began_s + plan.warm_up_s
-            if is_cohort and not cohort:
-                self._window, busy_before_s = (next_s, math.inf), self._busy_s()
-            cohort += is_cohort
-            self._spawn(self._trajectory(next(drawn), is_cohort))
-        self._window = self._window[0], next_s
-        self.window_s = next_s - self._window[0]
+        plan, now_s = self._plan, self._loop.time()
+        self._start_residents(self._drawn("residents"), now_s)
+        window_s = now_s + plan.warm_up_s
+        for at_s, trajectory in self._drawn("warm-up"):
+            if (at_s := now_s + at_s) >= window_s:
+                break
+            await asyncio.sleep(at_s - self._loop.time())
+            self._spawn(self._trajectory(trajectory, is_cohort=False))
+        await asyncio.sleep(window_s - self._loop.time())
+        self._window, busy_before_s = (window_s, math.inf), self._busy_s()
+        at_s = 0.0
+        for at_s, trajectory in itertools.islice(self._drawn("cohort"), plan.num_trajectories):
+            await asyncio.sleep(window_s + at_s - self._loop.time())
+            self._spawn(self._trajectory(trajectory, is_cohort=True))
+        self._window, self.window_s = (window_s, window_s + at_s), at_s
         prefill_s, decode_s = self._busy_s()
         self.gpu_s = prefill_s - busy_before_s[0], decode_s - busy_before_s[1]
 
-    def _drawn(self, source: random.Random) -> Iterator[Trajectory]:
-        """Every trajectory once in each round: a cohort as large as the trace has each one, at every rate."""
+    def _drawn(self, purpose: str) -> Iterator[tuple[float, Trajectory]]:
+        """Trajectories, and when they arrive from 0 on: each one once in a round. Those of one purpose do not depend on
+        any other's, and at every rate come in the same order and in the same proportions of time."""
+        source, at_s = random.Random(f"{purpose} {self._plan.seed}"), 0.0
         while True:
             round_of = list(self._trace.trajectories)
             source.shuffle(round_of)
-            yield from round_of
+            for trajectory in round_of:
+                at_s += source.expovariate(1.0) / self._plan.rate_per_s
+                yield at_s, trajectory
 
-    def _start_residents(self, source: random.Random, now_s: float) -> None:
+    def _start_residents(self, drawn: Iterator[tuple[float, Trajectory]], now_s: float) -> None:
         """Those that would be under way if trajectories had come before at the same rate to idle engines."""
-        plan, size = self._plan, self._trace.block_size_tokens
-        drawn = self._drawn(source)
+        size = self._trace.block_size_tokens
         starts = {one.name: session_spans(self._limits, one.root, size) for one in self._trace.trajectories}
         longest_s = max(span.total_s for _, span, _ in starts.values())
-        ago_s = 0.0
-        while (ago_s := ago_s + source.expovariate(1.0) / plan.rate_per_s) < longest_s:
-            trajectory = next(drawn)
+        for ago_s, trajectory in itertools.takewhile(lambda one: one[0] < longest_s, drawn):
             starts_s, _, _ = starts[trajectory.name]
             first = next((i for i, start_s in enumerate(starts_s) if start_s > ago_s), None)
             if first is not None:
@@ -293,10 +292,9 @@ class Replay:
         for index, turn in enumerate(session.turns):
             if index < first:
                 continue
-            for child, task in joined.get(index, []):
-                span = await task
-                if span.end_s > now_s:
-                    now_s, pause_s = span.end_s, pause_s + child.delay_s + span.pause_s
+            ended = [(await task, child) for child, task in joined.get(index, [])]
+            if ended and (last := max(ended, key=lambda one: one[0].end_s))[0].end_s > now_s:
+                now_s, pause_s = last[0].end_s, pause_s + last[1].delay_s + last[0].pause_s
             if index > first or not first:
                 wait_s = min(turn.pause_s, self._plan.max_pause_s)
                 if turn.arrives_s is not None:
@@ -361,7 +359,7 @@ class Replay:
         text.answered(index, prompt, one.answer)
 
     def _num_cacheable(self, turn: Turn) -> int:
-        """Of its prompt, in an infinite cache that all share: what it keeps, or shared blocks that were asked before."""
+        """Of its prompt, in an infinite cache of all: what it keeps, or shared blocks that were asked before."""
         size, num_shared = self._trace.block_size_tokens, 0
         for block in turn.block_ids:
             if block >= 0:

@@ -51,9 +51,9 @@ SLO = ServiceLevel()
 class RunPlan:
     """One run. Trajectories arrive as a Poisson process of `rate_per_s`; the cohort that is measured is the first
     `num_trajectories` after `warm_up_s`, and no more arrive after it. The turns that are measured, of whatever
-    trajectory, begin between the cohort's first arrival and its last one. Pauses are cut at `max_pause_s`. `load` is the rate over
-    the one of the oracle's bound. Without `drains` the run ends when the measured turns have, and says nothing of
-    trajectories."""
+    trajectory, begin between the end of the warm-up and the cohort's last arrival. Pauses are cut at `max_pause_s`.
+    `load` is the rate over another one, which the report names. Without `drains` the run ends when the measured turns
+    have, and says nothing of trajectories."""
 
     trace: str
     policy: str
@@ -113,8 +113,9 @@ class TrajectoryResult:
 
 @dataclass(frozen=True)
 class RunFigures:
-    """One run's figures. `slo_share` is of the measured turns. GPU-seconds are of the measured window, as a share of
-    it in `*_busy`. `slowdown` is each root session's time without pauses over the oracle's."""
+    """One run's figures. `slo_share` is of the measured turns, and no refusal or failure keeps it. GPU-seconds are of
+    the measured window, as a share of it in `*_busy`. `slowdown` is each root session's time without pauses over the
+    oracle's. `kv_moved_bytes` travelled from prefill to decode."""
 
     plan: RunPlan
     num_turns: int

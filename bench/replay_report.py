@@ -1,7 +1,7 @@
-"""Owns what `bench replay` leaves behind: the report, what it says of Baton against the others, the JSON file, tables."""
+"""Owns what `bench replay` leaves behind: the report, ours against the others, the JSON file, tables."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from rich.table import Table
 from bench.replay_plan import SLO, RunFigures, RunPlan, Shape
 from bench.replay_search import Failed, Goodput
 from bench.results import Setting, write_whole
+from bench.stats import Percentiles
 from bench.targets import ReportTarget
 
 OURS = "baton"
@@ -200,55 +201,57 @@ def goodput_table(report: ReplayReport) -> Table:
     return table
 
 
-COLUMNS: tuple[tuple[str, Callable[[RunFigures], float], str], ...] = (
-    ("SLO", lambda run: run.slo_share, ".1%"),
-    ("TTFT mean s", lambda run: run.ttft_mean_s, ".2f"),
-    ("p50", lambda run: run.ttft_s.p50, ".2f"),
-    ("p90", lambda run: run.ttft_s.p90, ".1f"),
-    ("p99", lambda run: run.ttft_s.p99, ".1f"),
-    ("TPOT ms p50", lambda run: run.tpot_s.p50 * 1000, ".1f"),
-    ("p99", lambda run: run.tpot_s.p99 * 1000, ".1f"),
-    ("turn s mean", lambda run: run.turn_mean_s, ".2f"),
-    ("p99", lambda run: run.turn_s.p99, ".1f"),
-    ("session s mean", lambda run: run.session_mean_s, ",.0f"),
-    ("p50", lambda run: run.session_s.p50, ",.0f"),
-    ("p90", lambda run: run.session_s.p90, ",.0f"),
-    ("p99", lambda run: run.session_s.p99, ",.0f"),
-    ("no pauses p50", lambda run: run.busy_s.p50, ",.0f"),
-    ("p99", lambda run: run.busy_s.p99, ",.0f"),
-    ("slowdown p50", lambda run: run.slowdown.p50, ".2f"),
-    ("hit", lambda run: run.hit_rate, ".1%"),
-    ("of", lambda run: run.hit_rate_ceiling, ".1%"),
-    ("KV TB", lambda run: run.kv_moved_bytes / 1e12, ".2f"),
-    ("P busy", lambda run: run.prefill_busy, ".0%"),
-    ("D busy", lambda run: run.decode_busy, ".0%"),
-    ("refused", lambda run: run.num_refusals, ".0f"),
-)
+Column = tuple[tuple[Callable[[RunFigures], float], str], ...]
+"""Figures of one column, and how each is written."""
+
+
+def _of(percentiles: Callable[[RunFigures], Percentiles], style: str, scale: float = 1.0) -> Column:
+    """p50, p90 and p99."""
+    return tuple(
+        (lambda run, name=name: getattr(percentiles(run), name) * scale, style) for name in ("p50", "p90", "p99")
+    )
+
+
+TIMES: Mapping[str, Column] = {
+    "in SLO": ((lambda run: run.slo_share, ".1%"),),
+    "TTFT s\nmean/p50/p90/p99": ((lambda run: run.ttft_mean_s, ".2f"), *_of(lambda run: run.ttft_s, ".3g")),
+    "TPOT ms\np50/p90/p99": _of(lambda run: run.tpot_s, ".3g", 1000),
+    "turn s\nmean/p50/p90/p99": ((lambda run: run.turn_mean_s, ".2f"), *_of(lambda run: run.turn_s, ".3g")),
+    "session s\nmean/p50/p90/p99": ((lambda run: run.session_mean_s, ".0f"), *_of(lambda run: run.session_s, ".0f")),
+    "without pauses\np50/p90/p99": _of(lambda run: run.busy_s, ".0f"),
+    "of the least\np50/p99": tuple(_of(lambda run: run.slowdown, ".3g")[index] for index in (0, 2)),
+}
+RESOURCES: Mapping[str, Column] = {
+    "cached\nof at most": ((lambda run: run.hit_rate, ".1%"), (lambda run: run.hit_rate_ceiling, ".1%")),
+    "KV moved\nTB": ((lambda run: run.kv_moved_bytes / 1e12, ".2f"),),
+    "GPUs busy\nP/D": ((lambda run: run.prefill_busy, ".0%"), (lambda run: run.decode_busy, ".0%")),
+    "GPU seconds\nP/D": ((lambda run: run.prefill_gpu_s, ",.0f"), (lambda run: run.decode_gpu_s, ",.0f")),
+    "refused": ((lambda run: run.num_refusals, ".0f"),),
+    "turns\nmeasured/all": ((lambda run: run.num_turns, ",.0f"), (lambda run: run.num_turns_in_all, ",.0f")),
+    "CPU s": ((lambda run: run.cpu_s, ".0f"),),
+}
 
 
 def run_tables(report: ReplayReport) -> Iterator[Table]:
-    """One for each trace and load."""
+    """Two for each trace and load: times, and what they took."""
     for trace in report.plan.traces:
-        for load in _loads(run.plan.load for run in report.runs if run.plan.trace == trace):
-            rates = sorted(
-                {run.plan.rate_per_s for run in report.runs if run.plan.trace == trace and run.plan.load == load}
-            )
-            table = Table(
-                title=f"{Path(trace).name} at {', '.join(f'{rate * 60:.3g}' for rate in rates)} trajectories per minute "
-                f"(load {load:.3g}), mean of seeds",
-                box=box.SIMPLE_HEAD,
-            )
-            table.add_column("shape")
-            table.add_column("policy")
-            for name, _, _ in COLUMNS:
-                table.add_column(name, justify="right")
-            for shape in report.plan.shapes:
-                for policy in report.plan.policies:
-                    if cell := report.cell(trace, load, policy, shape):
-                        values = [format(mean([figure(run) for run in cell]), style) for _, figure, style in COLUMNS]
-                        table.add_row(str(shape), policy, *values)
-            yield table
+        runs = [run for run in report.runs if run.plan.trace == trace]
+        for load in sorted({run.plan.load for run in runs}):
+            per_minute = sorted({f"{run.plan.rate_per_s * 60:.3g}" for run in runs if run.plan.load == load})
+            of = "the best other's goodput" if report.plan.searches else "the bound"
+            where = f"{Path(trace).name}, {', '.join(per_minute)} trajectories a minute, {load:.3g} of {of}"
+            for columns in (TIMES, RESOURCES):
+                table = Table(title=f"{where}, mean of seeds", box=box.SIMPLE_HEAD)
+                for name in ("shape", "policy"):
+                    table.add_column(name, no_wrap=True)
+                for name in columns:
+                    table.add_column(name, justify="right", no_wrap=True)
+                for shape in report.plan.shapes:
+                    for policy in report.plan.policies:
+                        if cell := report.cell(trace, load, policy, shape):
+                            table.add_row(str(shape), policy, *(_written(cell, one) for one in columns.values()))
+                yield table
 
 
-def _loads(loads: Iterable[float]) -> list[float]:
-    return sorted(set(loads))
+def _written(cell: Sequence[RunFigures], column: Column) -> str:
+    return "/".join(format(mean([figure(run) for run in cell]), style) for figure, style in column)

@@ -116,8 +116,13 @@ def work(job: Job) -> Iterator[Result]:
 
 
 def spread(jobs: Sequence[Job], num_shards: int, took: Callable[[Result], None]) -> None:
-    """Works all jobs off in so many processes, and hands each result over as it comes. Raises KeyboardInterrupt when it
-    is interrupted; no process is left then."""
+    """Works all jobs off in so many processes, or in this one, and hands each result over as it comes. Raises
+    KeyboardInterrupt when it is interrupted; no process is left then."""
+    if num_shards == 1:
+        for job in jobs:
+            for result in work(job):
+                took(result)
+        return
     context = multiprocessing.get_context("spawn")
     results: Queue[Result | None] = context.Queue()
     waiting: Queue[Job | None] = context.Queue()

@@ -2,9 +2,9 @@
 
 - claude-code (github.com/callanjfox/kv-cache-tester, `traces/`): one JSON file per session, in a folder or alone.
   Blocks of 64 tokens, ids local to the file, full blocks only. The blocks of tools and system prompt, which come first,
-  are the same in all files that give them the same length. A sub-agent's `t` is when it ended. It starts with the end of
-  the parent's turn before it, and the parent's first turn later than its end waits for it; what is left of the pause
-  then is from the last child's end on.
+  are the same in all files that give them the same length. A sub-agent's `t` is when it ended. It starts with the end
+  of the parent's turn before it, and the parent's first turn later than its end waits for it; what is left of the
+  pause then is from the last child's end on.
 - Mooncake (github.com/kvcache-ai/Mooncake, `FAST25-release/traces/*.jsonl`): one request a line, blocks of 512 tokens,
   ids of the whole file. Sessions are not named. A request goes on with the earlier one that has the longest prompt of
   which it holds all full blocks, if that has not been gone on with before and is more than a system prompt (blocks that
@@ -12,6 +12,7 @@
   before it has ended if that is later.
 """
 
+import itertools
 import json
 import math
 from collections import Counter
@@ -152,7 +153,7 @@ def _claude_session(row: _Row, block_size: int, ids: _Ids) -> Session:
             turns.append(_claude_turn(one, block_size, ids, number))
     if not turns:
         raise TraceError(f"{row.where}: no request but those of sub-agents")
-    for earlier, later in zip(turns, turns[1:], strict=False):
+    for earlier, later in itertools.pairwise(turns):
         if later.began_s < earlier.began_s:
             raise TraceError(f"{row.where}: t falls from {earlier.began_s:g} to {later.began_s:g}")
     children: list[Child] = []
@@ -231,7 +232,8 @@ def _mooncake_request(row: _Row) -> _Request:
     num_prompt, blocks = row.integer("input_length", least=1), row.ids("hash_ids")
     if len(blocks) != -(-num_prompt // MOONCAKE_BLOCK_TOKENS):
         raise TraceError(
-            f"{row.where}: {len(blocks)} hash_ids of {MOONCAKE_BLOCK_TOKENS} tokens do not fit input_length {num_prompt}"
+            f"{row.where}: {len(blocks)} hash_ids of {MOONCAKE_BLOCK_TOKENS} tokens do not fit "
+            f"input_length {num_prompt}"
         )
     num_output = row.integer("output_length", default=1) or 1
     return _Request(row.number("timestamp") / 1000, num_prompt, num_output, tuple(blocks))

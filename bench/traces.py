@@ -99,8 +99,9 @@ def linked(turns: Sequence[Turn], block_size_tokens: int) -> tuple[Turn, ...]:
             num_common = _num_common(linked[index].block_ids, turn.block_ids)
             if num_common > num_best:
                 best, num_best = index, num_common
-            if num_common * block_size_tokens >= linked[index].num_prompt_tokens - block_size_tokens:
-                break  # it goes on with this one; an earlier one cannot be longer but by chance
+            is_whole = num_common >= linked[index].num_prompt_tokens // block_size_tokens
+            if is_whole and 2 * num_common > len(turn.block_ids):
+                break  # it goes on with this one; an earlier one cannot share more but by chance
         kept = 0
         if best is not None:
             before = linked[best]

@@ -19,8 +19,9 @@ from dataclasses import dataclass, field
 from bench.network import Network, Node, SimulatedTransport
 from bench.process import Process
 from decode.worker import DecodeWorker
+from engine.latency import LatencyModel
 from engine.protocol import FinishReason, Phase, TokenDelta
-from engine.simulated import LatencyModel, SimulatedEngine, SimulatedEngineConfig, SimulatedFabric, expected_answer
+from engine.simulated import SimulatedEngine, SimulatedEngineConfig, SimulatedFabric, expected_answer
 from gateway.lifecycle import Stage
 from gateway.orchestrator import Group, Orchestrator, OrchestratorConfig, PlacementRejected, SequenceRequest
 from gateway.orchestrator import Sequence as GatewaySequence

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from engine.blocks import block_hashes
-from engine.latency import Latency, LatencyModel, StepWork
+from engine.latency import Latency, StepWork
 from engine.load import Ledger, Pace
 from engine.protocol import (
     BlockChanges,
@@ -202,8 +202,8 @@ class _Pinned:
 
 class SimulatedEngine:
     """Steps like vLLM's V1 scheduler with its priority policy: running sequences first, chunked prefill, admission of
-    prompts whose blocks fit in the order of `priority` (lower first) and arrival, preemption of the youngest sequence of
-    the highest `priority` when blocks run out. `sampling` is ignored.
+    prompts whose blocks fit in the order of `priority` (lower first) and arrival, preemption of the youngest sequence
+    of the highest `priority` when blocks run out. `sampling` is ignored.
 
     It needs a running event loop and lives on its clock, which may be a virtual one.
     """
@@ -430,11 +430,11 @@ class SimulatedEngine:
         except TimeoutError:
             pass
         await self._goes_on.wait()
-        self._catch_up()
+        self._catch_up(is_last=True)
         self._leap = None
 
-    def _catch_up(self) -> None:
-        """Computes the steps of a leap whose time is over."""
+    def _catch_up(self, *, is_last: bool = False) -> None:
+        """Computes the steps of a leap whose time is over. `is_last`: none is under way."""
         if (leap := self._leap) is None:
             return
         num_steps = 0
@@ -445,16 +445,18 @@ class SimulatedEngine:
         if not num_steps:
             return
         first, leap.num_done = leap.num_done, leap.num_done + num_steps
-        began_s = leap.ends_s[first - 1] if first else leap.began_s
-        self._busy_s += leap.ends_s[leap.num_done - 1] - began_s
-        for sequence in leap.batch:
-            if self._live.get(sequence.request.request_id) is not sequence:
-                continue
-            num_new = self._num_blocks(sequence.num_computed + num_steps) - len(sequence.blocks)
-            if num_new > 0:
-                new = self._pool.take([], num_new)
-                assert new is not None, "the leap was longer than its blocks"
-                sequence.blocks += new
+        starts_s = [leap.began_s, *leap.ends_s]
+        self._busy_s += starts_s[leap.num_done] - starts_s[first]
+        self._pace.stepped(starts_s[leap.num_done] - starts_s[leap.num_done - 1], 0)
+        alive = [sequence for sequence in leap.batch if self._live.get(sequence.request.request_id) is sequence]
+        # The step under way has its blocks already; what ends with these steps has none to give to them.
+        num_begun = num_steps + (not is_last and leap.num_done < len(leap.ends_s))
+        for sequence in alive:
+            num_new = self._num_blocks(sequence.num_computed + num_begun) - len(sequence.blocks)
+            new = self._pool.take([], max(num_new, 0))
+            assert new is not None, "the leap was longer than its blocks"
+            sequence.blocks += new
+        for sequence in alive:
             self._write(sequence, num_steps)
 
     def _tell_news(self) -> None:

@@ -14,8 +14,9 @@ from ray.serve.handle import DeploymentHandle
 
 from decode.deployment import DecodeReplica
 from engine.deployment import EngineSpec, calm_garbage_collector
+from engine.latency import LatencyModel
 from engine.protocol import Phase
-from engine.simulated import LatencyModel, SimulatedEngineConfig, TokenRule
+from engine.simulated import SimulatedEngineConfig, TokenRule
 from engine.termination import end_at_sigterm
 from gateway import metrics
 from gateway.agents.tenants import Tenant

@@ -91,7 +91,7 @@ class PoolsSettings(Section):
 
 class SimulationSettings(Section):
     """Simulated engines in the place of vLLM's: they compute nothing, write plain tokens of the model's tokenizer, and
-    take as long as these numbers say (`engine.simulated.LatencyModel`). They read neither sampling parameters nor
+    take as long as these numbers say (`engine.latency.LatencyModel`). They read neither sampling parameters nor
     stop tokens: an answer is as long as `max_tokens` allows, and has no logprobs."""
 
     prefill_fixed_s: NotNegativeFloat = Field(default=0.0, description="of a step that reads prompts")

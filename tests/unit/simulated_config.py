@@ -1,6 +1,7 @@
 """Owns the simulated engine that unit tests start with: small, and with times that are easy to add up."""
 
-from engine.simulated import LatencyModel, SimulatedEngineConfig
+from engine.latency import LatencyModel
+from engine.simulated import SimulatedEngineConfig
 
 BLOCK = 8
 LATENCY = LatencyModel(

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
 from engine.blocks import block_hashes
+from engine.latency import LatencyModel
 from engine.protocol import (
     EngineGoneError,
     EngineRequest,
@@ -25,7 +26,6 @@ from engine.protocol import (
 )
 from engine.simulated import (
     LONGEST_SILENCE_S,
-    LatencyModel,
     SimulatedEngine,
     SimulatedEngineConfig,
     SimulatedFabric,
