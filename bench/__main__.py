@@ -596,6 +596,7 @@ def replay(
 ) -> None:
     """Replay recorded agent sessions through what ships, in virtual time over simulated GPUs."""
     console = _console()
+    from bench.replay import REPLAYED
     from bench.replay_experiment import Experiment as ReplayExperiment
     from bench.replay_plan import Shape
     from bench.replay_plot import draw as draw_replay
@@ -605,8 +606,8 @@ def replay(
     from engine.roofline import ROOFLINES
     from gateway.routing.policies import POLICIES
 
-    if unknown := [name for name in _names(policies) if name not in POLICIES]:
-        _fail(f"--policies names {', '.join(unknown)}; there are {', '.join(POLICIES)}")
+    if unknown := [name for name in _names(policies) if name not in REPLAYED]:
+        _fail(f"--policies names {', '.join(unknown)}; there are {', '.join(REPLAYED)}")
     if model not in ROOFLINES:
         _fail(f"--model is {model!r}; there are {', '.join(ROOFLINES)}")
     try:

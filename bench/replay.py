@@ -13,7 +13,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,9 +29,11 @@ from engine.simulated import SimulatedEngine, SimulatedEngineConfig, SimulatedFa
 from engine.worker import Worker
 from gateway.orchestrator import Orchestrator, OrchestratorConfig, PlacementRejected, SequenceRequest
 from gateway.routing.admission import AdmissionConfig
-from gateway.routing.policies import POLICIES
+from gateway.routing.joint import ABLATIONS, Joint
+from gateway.routing.order import rank_ms
+from gateway.routing.policies import POLICIES, Policy
 from gateway.routing.receipts import Receipt, ReceiptStore
-from gateway.routing.types import Hints
+from gateway.routing.types import Hints, RequestView
 from gateway.transport import InProcessTransport
 from prefill.worker import PrefillWorker
 
@@ -39,6 +41,16 @@ START_TIMEOUT_S = 60.0
 LONGEST_WAIT_S = 7200.0
 """In virtual time, for a hand-off and for a first token: a replay shows how late turns are, so none is given up."""
 MAX_IN_FLIGHT = 100_000
+
+
+WITHOUT_ORDER = "baton-without-order"
+REPLAYED: Mapping[str, Policy] = {**POLICIES, **ABLATIONS, WITHOUT_ORDER: Joint(name=WITHOUT_ORDER)}
+"""By name: what is shipped, and what shows the worth of its parts."""
+
+
+def first_come(request: RequestView, arrived_s: float, read_s: float, usual_deadline_s: float) -> int:
+    """The order of arrival, in place of `gateway.routing.order.rank_ms`."""
+    return round(arrived_s * 1000)
 
 
 def run(plan: RunPlan, trace: Trace) -> RunFigures:
@@ -128,7 +140,7 @@ class Replay:
         seeds = random.Random(plan.seed)
         self._orchestrator = Orchestrator(
             InProcessTransport("gateway", self._workers),
-            POLICIES[plan.policy],
+            REPLAYED[plan.policy],
             ReceiptStore(1),
             OrchestratorConfig(
                 handoff_timeout_s=LONGEST_WAIT_S,
@@ -136,6 +148,7 @@ class Replay:
                 warm_up_sampling=b"warm-up",
                 has_prefill_pool=plan.shape.prefill > 0,
                 admission=AdmissionConfig(ttft_deadline_s=LONGEST_WAIT_S),
+                rank_ms=first_come if plan.policy == WITHOUT_ORDER else rank_ms,
             ),
             closed=self._on_closed,
             clock=self._loop.time,

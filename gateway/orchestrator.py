@@ -129,6 +129,7 @@ class Sequence:
 class OrchestratorConfig:
     """`has_prefill_pool`: a request that is not split is then degraded. `recovery_timeout_s`: how long a request that a
     fault has displaced waits for a replica.
+    `rank_ms` orders what waits for an engine (`gateway.routing.order`).
     `drop_logprobs(logprobs, n)` leaves out the first n tokens of a delta's logprobs and those of the prompt. For the
     rest see `MembershipConfig`."""
 
@@ -141,6 +142,7 @@ class OrchestratorConfig:
     recovery_timeout_s: float = 120.0
     drop_logprobs: Callable[[bytes, int], bytes] = lambda logprobs, num_tokens: logprobs
     admission: AdmissionConfig = field(default_factory=AdmissionConfig)
+    rank_ms: Callable[[RequestView, float, float, float], int] = rank_ms
 
 
 @dataclass(frozen=True)
@@ -322,7 +324,7 @@ class Orchestrator:
         self._sessions.placed(arrival.name, placement)
         prediction = predict(view, placement, snapshot)
         arrived_s, usual_s = self._wall_clock() - view.waited_s, self._config.admission.ttft_deadline_s
-        group.rank_ms = rank_ms(view, arrived_s, prediction.read_s, usual_s)
+        group.rank_ms = self._config.rank_ms(view, arrived_s, prediction.read_s, usual_s)
         group.placement = placement
         group.receipt = Receipt(
             group.receipt_id,

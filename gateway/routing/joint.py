@@ -57,7 +57,9 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Joint:
-    """The policy. Its parts can be left out, to see what each is worth."""
+    """The policy. Its parts can be left out, to see what each is worth: `conditional_split`, decode replicas that read
+    prompts themselves; `joint`, decode chosen by cost (else the one with the fewest tokens); `affinity`, what is cached;
+    `keeps_promised`, what the sessions that are expected back would lose."""
 
     conditional_split: bool = True
     joint: bool = True
@@ -69,6 +71,18 @@ class Joint:
         if not snapshot.decode:
             return NO_DECODE
         return _Decision(self, request, snapshot, rng).placement()
+
+
+ABLATIONS = {
+    policy.name: policy
+    for policy in (
+        Joint(affinity=False, name=f"{NAME}-without-affinity"),
+        Joint(joint=False, name=f"{NAME}-without-joint-choice"),
+        Joint(conditional_split=False, name=f"{NAME}-without-conditional-split"),
+        Joint(keeps_promised=False, name=f"{NAME}-without-pauses"),
+    )
+}
+"""The policy without one of its parts each, for experiments that ask what the part is worth."""
 
 
 class _Decision:
