@@ -57,9 +57,9 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Joint:
-    """The policy. Its parts can be left out, to see what each is worth: `conditional_split`, decode replicas that read
-    prompts themselves; `joint`, decode chosen by cost (else the one with the fewest tokens); `affinity`, what is cached;
-    `keeps_promised`, what the sessions that are expected back would lose."""
+    """The policy. Its parts can be left out, to see what each is worth: `conditional_split`, that decode may read a
+    prompt itself; `joint`, that decode is chosen by cost (else it is the one with the fewest tokens); `affinity`, what
+    is cached; `keeps_promised`, what the sessions that are expected back would lose."""
 
     conditional_split: bool = True
     joint: bool = True
