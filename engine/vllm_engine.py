@@ -294,11 +294,10 @@ class VllmEngine:
         params = payload.params.clone()
         # Only Baton writes what the KV-transfer layer reads (invariant I5).
         transfer: dict[str, Any] | None = None
+        if request.handoff is not None:
+            transfer = msgspec.msgpack.decode(request.handoff.params) | {LEASE_END_KEY: request.handoff.expires_s}
         if request.phase is Phase.PREFILL:
-            transfer = {"do_remote_decode": True, "do_remote_prefill": False}
-        elif request.handoff is not None:
-            params_of_handoff: dict[str, Any] = msgspec.msgpack.decode(request.handoff.params)
-            transfer = params_of_handoff | {LEASE_END_KEY: request.handoff.expires_s}
+            transfer = {"do_remote_prefill": False} | (transfer or {}) | {"do_remote_decode": True}
         params.extra_args = {"kv_transfer_params": transfer} if transfer else None
         return self._make_core_request(
             request.request_id,
