@@ -49,6 +49,7 @@ class PinningEngine(VllmEngine):
 
 def pinning(config: VllmEngineConfig) -> VllmEngineConfig:
     """With vLLM's own reverse transfer, also where it would rather compute."""
+    config = replace(config, reverse=True)
     transfer: Any = engine_arguments(config).kv_transfer_config
     reverse = {"bidirectional_kv_xfer": True, "decoder_kv_blocks_ttl": PIN_S, "kv_recompute_threshold": 0}
     transfer |= {"kv_connector_extra_config": transfer["kv_connector_extra_config"] | reverse}
