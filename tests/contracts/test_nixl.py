@@ -3,6 +3,7 @@
 import inspect
 import time
 import uuid
+from pathlib import Path
 from queue import Queue
 from types import SimpleNamespace
 
@@ -183,3 +184,18 @@ def test_only_a_consumer_is_kept_from_fetching_into_blocks_that_a_step_may_write
     assert "if multiple_inflight_batches and kv_transfer_config.is_kv_consumer:" in source, (
         "why prefill is kv_both with handoff.reverse (engine/vllm_engine.py)"
     )
+
+
+@pytest.mark.parametrize(("reverse", "role"), [(False, "kv_producer"), (True, "kv_both")])
+def test_a_setting_makes_prefill_fetch_too(reverse, role, monkeypatch):
+    from engine.protocol import Phase
+    from engine.vllm_engine import engine_arguments
+    from gateway.app import engine_spec
+    from gateway.settings import load
+
+    monkeypatch.setenv("BATON_HANDOFF__REVERSE", str(reverse))
+    settings = load(Path(__file__).parents[2] / "configs" / "local.yaml")
+    configs = {phase: engine_spec(settings, phase).engine_config("r", [0], "127.0.0.1") for phase in Phase}
+    found = {phase: engine_arguments(config).kv_transfer_config["kv_role"] for phase, config in configs.items()}
+    assert found == {Phase.PREFILL: role, Phase.DECODE: "kv_consumer"}
+    assert {config.reverse for config in configs.values()} == {reverse}
