@@ -547,6 +547,7 @@ def decisions(
     _end(report.complete, missed)
 
 
+@app.command()
 def reverse(
     rounds: Annotated[int | None, typer.Option(min=1, help="Trials of each; default: 5, with --quick 2.")] = None,
     seed: Annotated[int, typer.Option(help="Decides the tokens, and in which order sources take their turns.")] = 0,
