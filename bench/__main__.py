@@ -547,6 +547,50 @@ def decisions(
     _end(report.complete, missed)
 
 
+@app.command()
+def reverse(
+    rounds: Annotated[int | None, typer.Option(min=1, help="Trials of each; default: 5, with --quick 2.")] = None,
+    seed: Annotated[int, typer.Option(help="Decides the tokens, and in which order sources take their turns.")] = 0,
+    config: Annotated[Path, typer.Option(help="Real engines in both pools; one of each is started.")] = DEFAULT_CONFIGS[
+        EngineKind.VLLM
+    ],
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write every trial here.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Two cells only.")] = False,
+) -> None:
+    """Serve a session's second turn with KV from prefill's cache, from decode, or from nowhere, and compare."""
+    console = _console()
+    import asyncio
+
+    from bench.reverse import ReverseExperiment
+    from bench.reverse_report import FULL_CELLS, QUICK_CELLS, ReversePlan, make_report, table
+    from bench.reverse_report import write_json as write_reverse_json
+    from engine.protocol import EngineGoneError
+
+    try:
+        settings = load(config)
+    except ConfigError as error:
+        _fail(str(error))
+    if settings.simulation is not None or not settings.pools.prefill.replicas:
+        _fail(f"{config} must have real engines in both pools; use {DEFAULT_CONFIGS[EngineKind.VLLM]}")
+    plan = ReversePlan(str(config), QUICK_CELLS if quick else FULL_CELLS, rounds or (2 if quick else 5), seed)
+    experiment = ReverseExperiment(plan, settings, console.print)
+    _interrupt_once()
+    complete = failed = False
+    try:
+        asyncio.run(experiment.run())
+        complete = True
+    except (TimeoutError, RuntimeError, EngineGoneError) as error:
+        failed = True
+        console.print(f"[bold red]failed:[/] {escape(repr(error))}", soft_wrap=True)
+    except KeyboardInterrupt:
+        console.print("[yellow]interrupted; the engines are stopped, and what is done is kept[/]")
+    report = make_report(plan, gather_setting(), experiment.trials, complete)
+    if json_file is not None:
+        write_reverse_json(report, json_file)
+    console.print(table(report))
+    _end(complete or failed, failed or any(one.differing for one in report.medians))
+
+
 def _console() -> Console:
     console = Console(highlight=False)
     if not console.is_terminal:

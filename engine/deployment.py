@@ -42,6 +42,7 @@ class EngineSpec:
     lease_s: int = 30
     progress_thread_delay_us: int = 100
     ucx_tls: str | None = None
+    reverse: bool = False
     env: dict[str, str] = field(default_factory=dict)
     simulation: SimulatedEngineConfig | None = None
     replace_after_s: float = 120.0
@@ -74,6 +75,7 @@ class EngineSpec:
             lease_s=self.lease_s,
             progress_thread_delay_us=self.progress_thread_delay_us,
             ucx_tls=self.ucx_tls,
+            reverse=self.reverse,
             env=self.env,
         )
 

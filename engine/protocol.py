@@ -29,7 +29,7 @@ class FinishReason(enum.StrEnum):
 
 
 class KVHandoff(msgspec.Struct, frozen=True, array_like=True):
-    """The right to fetch one prompt's KV blocks from one prefill engine, once (invariant I1).
+    """The right to fetch one prompt's KV blocks from one engine, once (invariant I1).
 
     `params` is the connector's own description of the blocks, MessagePack, passed on verbatim. From `expires_s` on
     (seconds since the epoch, so that clocks of different machines compare) the blocks may hold another prompt.
@@ -48,7 +48,8 @@ class EngineRequest(msgspec.Struct, frozen=True, array_like=True):
 
     `sampling` is the front end's sampling parameters, encoded by the engine family that reads them; the engine
     itself trims them to what its phase needs. A PREFILL request without them is only read: the token that ends it
-    means nothing. `max_tokens` counts what this engine may write; the last `num_written_tokens` of the prompt are
+    means nothing; with a hand-off, which covers the beginning of its prompt, it fetches what it has not cached
+    (docs/adr/0017). `max_tokens` counts what this engine may write; the last `num_written_tokens` of the prompt are
     part of the answer already, written by another engine, and a hand-off covers the prompt without them.
     """
 
@@ -211,9 +212,9 @@ class Engine(Protocol):
     """The port both engines stand behind (`engine.vllm_engine`, `engine.simulated`); one contract suite tests both.
 
     One consumer reads `steps()`, one `block_changes()`. A submitted request ends with exactly one delta that has a
-    finish reason, unless it was aborted first. A PREFILL request ends with a `KVHandoff` (none if it failed). A DECODE
-    request with a hand-off fetches the blocks and computes only what the hand-off does not cover; without one it
-    prefills itself.
+    finish reason, unless it was aborted first. A PREFILL request ends with a `KVHandoff` (none if it failed), on a
+    decode engine too where the pools hand over in both directions. A request with a hand-off fetches the blocks and
+    computes only what the hand-off does not cover; without one the engine reads the prompt itself.
     """
 
     @property
@@ -228,7 +229,7 @@ class Engine(Protocol):
         ...
 
     async def release(self, request_id: str, handoff: KVHandoff) -> None:
-        """Gives back the blocks of a hand-off nobody will fetch (decode engines only)."""
+        """Gives back the blocks of another engine's hand-off nobody will fetch."""
         ...
 
     def steps(self) -> AsyncIterator[EngineStep]:

@@ -72,6 +72,7 @@ class VllmEngineConfig:
 
     `phase` None starts an engine without a KV connector (aggregated serving). `engine_args` are fields of vLLM's
     AsyncEngineArgs. `host` is this node's address as other nodes reach it: the hand-off's side channel listens there.
+    With `reverse` decode gives hand-offs and prefill fetches them (docs/adr/0017).
     """
 
     replica_id: str
@@ -84,6 +85,7 @@ class VllmEngineConfig:
     lease_s: int = 30
     progress_thread_delay_us: int = 100
     ucx_tls: str | None = None
+    reverse: bool = False
     env: dict[str, str] = field(default_factory=dict)
 
 
@@ -128,7 +130,7 @@ def engine_arguments(config: VllmEngineConfig) -> AsyncEngineArgs:
         arguments["kv_transfer_config"] = {
             "kv_connector": "NixlConnector",
             "kv_connector_module_path": NIXL_MODULE,
-            "kv_role": "kv_producer" if config.phase is Phase.PREFILL else "kv_consumer",
+            "kv_role": _kv_role(config),
             "kv_load_failure_policy": "recompute",
             "kv_connector_extra_config": {
                 "kv_lease_duration": config.lease_s,
@@ -158,6 +160,14 @@ def _variables(variables: Mapping[str, str]) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def _kv_role(config: VllmEngineConfig) -> str:
+    """vLLM's scheduler keeps freed blocks from a fetch while a step may still write to them, but of a mere producer it
+    takes it that it never fetches. To give hand-offs an engine need not be called a producer."""
+    if config.phase is Phase.DECODE:
+        return "kv_consumer"
+    return "kv_both" if config.reverse else "kv_producer"
 
 
 def _runs_in_engine_core(config: VllmEngineConfig) -> bool:
@@ -289,16 +299,18 @@ class VllmEngine:
             )
         if request.max_tokens < 1:
             raise InvalidEngineRequestError(f"max_tokens is {request.max_tokens}; at least 1 is needed")
+        is_reverse = request.handoff is not None or self._config.phase is Phase.DECODE
+        if request.phase is Phase.PREFILL and is_reverse and not self._config.reverse:
+            raise InvalidEngineRequestError("decode hands nothing over to prefill; set handoff.reverse to allow it")
         only_read = request.phase is Phase.PREFILL and not request.sampling
         payload = PREFILL_SAMPLING if only_read else self._sampling(request)
         params = payload.params.clone()
         # Only Baton writes what the KV-transfer layer reads (invariant I5).
         transfer: dict[str, Any] | None = None
+        if request.handoff is not None:
+            transfer = msgspec.msgpack.decode(request.handoff.params) | {LEASE_END_KEY: request.handoff.expires_s}
         if request.phase is Phase.PREFILL:
-            transfer = {"do_remote_decode": True, "do_remote_prefill": False}
-        elif request.handoff is not None:
-            params_of_handoff: dict[str, Any] = msgspec.msgpack.decode(request.handoff.params)
-            transfer = params_of_handoff | {LEASE_END_KEY: request.handoff.expires_s}
+            transfer = {"do_remote_prefill": False} | (transfer or {}) | {"do_remote_decode": True}
         params.extra_args = {"kv_transfer_params": transfer} if transfer else None
         return self._make_core_request(
             request.request_id,

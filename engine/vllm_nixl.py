@@ -45,14 +45,18 @@ class NixlConnector(NixlPullConnector):
 
 
 class HandoffScheduler(NixlPullConnectorScheduler):
-    """Fetches the tokens that the hand-off covers; vLLM's own takes it that this is the whole prompt.
+    """Fetches the tokens that the hand-off covers, once; vLLM's own takes it that this is the whole prompt.
 
-    A prompt that ends with tokens of the answer is longer than what prefill has read (docs/adr/0010).
+    A prompt that ends with tokens of the answer is longer than what prefill has read (docs/adr/0010), and prefill
+    fetches the beginning of a prompt (docs/adr/0017). For a prefill request whose fetch has failed, or that was
+    preempted after it, vLLM's own waits for a second fetch that never starts.
     """
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
-        count, asynchronous = super().get_num_new_matched_tokens(request, num_computed_tokens)
         params = request.kv_transfer_params
+        if params and params.get("_remote_blocks_processed"):
+            return 0, False
+        count, asynchronous = super().get_num_new_matched_tokens(request, num_computed_tokens)
         if not asynchronous or not params or not params.get("do_remote_prefill"):
             return count, asynchronous
         count -= max(request.num_prompt_tokens - params["remote_num_tokens"], 0)

@@ -38,6 +38,8 @@ class Worker:
     """
 
     phase: Phase
+    takes: tuple[Phase, ...]
+    """What it can be asked to do."""
 
     def __init__(self, replica_id: str, engine: Engine):
         self.replica_id = replica_id
@@ -112,8 +114,8 @@ class Worker:
             raise self._failure
         if gateway_id not in self._outboxes:
             raise InvalidEngineRequestError(f"gateway {gateway_id} is not attached to {self.replica_id}; attach first")
-        if request.phase is not self.phase:
-            raise InvalidEngineRequestError(f"{self.replica_id} does {self.phase}, not {request.phase}")
+        if request.phase not in self.takes:
+            raise InvalidEngineRequestError(f"{self.replica_id} does {', '.join(self.takes)}, not {request.phase}")
         if request.request_id in self._owners:
             raise InvalidEngineRequestError(f"request {request.request_id} is already on {self.replica_id}")
         self._check(request)

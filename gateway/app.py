@@ -234,6 +234,7 @@ def engine_spec(settings: Settings, phase: Phase) -> EngineSpec:
         lease_s=settings.handoff.lease_s,
         progress_thread_delay_us=settings.handoff.progress_thread_delay_us,
         ucx_tls=settings.handoff.ucx_tls,
+        reverse=settings.handoff.reverse,
         env=pool.env,
         simulation=_simulation(settings, pool),
         replace_after_s=settings.runtime.replace_hung_engine_after_s,

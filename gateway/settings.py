@@ -117,6 +117,7 @@ class HandoffSettings(Section):
         default=100, description="pause between NIXL's progress polls; 0 spins a core per engine process"
     )
     ucx_tls: str | None = Field(default=None, description="UCX transports; default: UCX decides")
+    reverse: bool = Field(default=False, description="prefill may fetch from decode what a session has cached there")
     timeout_s: PositiveFloat = Field(
         default=60.0, description="longest prefill before it is given up: another replica, then decode"
     )

@@ -1,12 +1,11 @@
-"""Owns the producer half of the hand-off: reads prompts, keeps their KV blocks for a decode engine to fetch."""
+"""Owns the prefill phase: reads prompts, keeps their KV blocks for a decode engine to fetch."""
 
-from engine.protocol import EngineRequest, InvalidEngineRequestError, Phase
-from engine.worker import Worker
+from engine.consumer import ConsumingWorker
+from engine.protocol import Phase
 
 
-class PrefillWorker(Worker):
+class PrefillWorker(ConsumingWorker):
+    """With a hand-off it fetches the beginning of a prompt instead of reading it (docs/adr/0017)."""
+
     phase = Phase.PREFILL
-
-    def _check(self, request: EngineRequest) -> None:
-        if request.handoff is not None:
-            raise InvalidEngineRequestError("a prefill request carries no hand-off; prefill makes them")
+    takes = (Phase.PREFILL,)

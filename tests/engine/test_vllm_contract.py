@@ -8,7 +8,7 @@ import msgspec
 import pytest
 from vllm.sampling_params import SamplingParams
 
-from engine.protocol import Phase, PrefillFacts
+from engine.protocol import InvalidEngineRequestError, Phase, PrefillFacts
 from engine.vllm_codec import SamplingPayload, encode_sampling
 from engine.vllm_engine import VllmEngine
 from tests.engine.contract import Bench, EngineContract
@@ -57,4 +57,13 @@ class TestVllmEngine(EngineContract):
         assert answer.facts == PrefillFacts(len(prompt), len(prompt), 0, 0)
         assert answer.token_ids == (await bench.run_decode(prompt, 12, salt="-local")).token_ids
         assert bench.decode.load.kv_leases_expired_total == expired + 1
+        await bench.release(handoff)
+
+    async def test_engines_hand_over_in_one_direction_unless_told(self, bench: Bench):
+        prompt = bench.pair.prompt(20, seed=92)
+        with pytest.raises(InvalidEngineRequestError, match=r"set handoff\.reverse"):
+            await bench.submit(bench.decode, Phase.PREFILL, prompt, 1)
+        handoff = (await bench.run_prefill(prompt)).handoff
+        with pytest.raises(InvalidEngineRequestError, match=r"set handoff\.reverse"):
+            await bench.submit(bench.prefill, Phase.PREFILL, prompt, 1, handoff=handoff)
         await bench.release(handoff)

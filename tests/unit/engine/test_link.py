@@ -113,8 +113,10 @@ async def test_calls_are_answered_and_deltas_reported(stage: Stage):
 
 async def test_a_refusal_is_answered_with_its_reason(stage: Stage):
     gateway = await stage.gateway("a")
-    await gateway.send(Submit(1, request("r", Phase.PREFILL)))
-    assert "does decode, not prefill" in ((await gateway.next(Answer)).refusal or "")
+    await gateway.send(Submit(1, request("r")))
+    assert await gateway.next(Answer) == Answer(1)
+    await gateway.send(Submit(2, request("r")))
+    assert "request r is already on decode-0" in ((await gateway.next(Answer)).refusal or "")
 
 
 async def test_an_abort_never_overtakes_its_submission(stage: Stage):

@@ -5,6 +5,7 @@ import itertools
 import time
 from collections.abc import AsyncIterator, Sequence
 
+import msgspec
 import pytest
 
 from decode.worker import DecodeWorker
@@ -200,13 +201,13 @@ def test_a_gateway_that_attaches_learns_the_engines_info_and_its_load() -> None:
 
 def test_requests_that_are_refused_do_not_reach_the_engine() -> None:
     async def main() -> None:
-        async with Rig() as rig:
+        async with Rig(Phase.PREFILL) as rig:
             await rig.submit("a", "r")
             for gateway_id, request_id, phase, why in (
-                ("nobody", "x", Phase.DECODE, "gateway nobody is not attached to decode-0"),
-                ("a", "x", Phase.PREFILL, "decode-0 does decode, not prefill"),
-                ("a", "r", Phase.DECODE, "request r is already on decode-0"),
-                ("b", "r", Phase.DECODE, "request r is already on decode-0"),
+                ("nobody", "x", Phase.PREFILL, "gateway nobody is not attached to prefill-0"),
+                ("a", "x", Phase.DECODE, "prefill-0 does prefill, not decode"),
+                ("a", "r", Phase.PREFILL, "request r is already on prefill-0"),
+                ("b", "r", Phase.PREFILL, "request r is already on prefill-0"),
             ):
                 with pytest.raises(InvalidEngineRequestError, match=why):
                     await rig.worker.submit(gateway_id, EngineRequest(request_id, phase, [1], 5))
@@ -449,12 +450,17 @@ def test_a_worker_that_cannot_follow_its_engines_blocks_says_so_and_ends() -> No
 # -- hand-offs
 
 
-def test_a_prefill_worker_takes_no_handoff() -> None:
+def test_decode_is_asked_for_a_handoff_without_giving_it_one() -> None:
     async def main() -> None:
-        async with Rig(Phase.PREFILL) as rig:
-            with pytest.raises(InvalidEngineRequestError, match="carries no hand-off"):
-                await rig.submit("a", "r", HANDOFF)
-            assert rig.engine.submitted == []
+        async with Rig(Phase.DECODE) as rig:
+            asked = EngineRequest("r", Phase.PREFILL, [1, 2, 3], 1)
+            with pytest.raises(InvalidEngineRequestError, match="gives it none"):
+                await rig.worker.submit("a", msgspec.structs.replace(asked, handoff=HANDOFF))
+            await rig.worker.submit("a", asked)
+            made = delta("r", 1, FinishReason.LENGTH, handoff=HANDOFF)
+            await rig.engine.step(made)
+            assert rig.engine.submitted == ["r"]
+            assert rig.a.deltas == [made]
 
     simulate(main)
 
@@ -479,9 +485,10 @@ def test_a_handoff_that_overtakes_its_abort_is_told_so_that_it_can_be_given_back
 # -- hand-offs are good for one use (invariant I1)
 
 
-def test_a_handoff_is_taken_once_whoever_comes_with_it() -> None:
+@pytest.mark.parametrize("phase", list(Phase))
+def test_a_handoff_is_taken_once_whoever_comes_with_it(phase: Phase) -> None:
     async def main() -> None:
-        async with Rig() as rig:
+        async with Rig(phase) as rig:
             await rig.submit("a", "r1", HANDOFF)
             for gateway_id in ("a", "b"):
                 with pytest.raises(InvalidEngineRequestError, match="hand-off r of prefill-0 was consumed before"):

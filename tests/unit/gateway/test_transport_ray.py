@@ -111,8 +111,8 @@ async def until(condition: Callable[[], object]) -> None:
             await asyncio.sleep(0.001)
 
 
-def request(request_id: str = "r", phase: Phase = Phase.DECODE) -> EngineRequest:
-    return EngineRequest(request_id, phase, [1, 2, 3], 4)
+def request(request_id: str = "r") -> EngineRequest:
+    return EngineRequest(request_id, Phase.DECODE, [1, 2, 3], 4)
 
 
 async def test_what_is_submitted_is_reported_until_it_ends(stage: Stage):
@@ -136,7 +136,7 @@ async def test_aborts_and_releases_return_when_the_worker_has_done_them(stage: S
 async def test_calls_at_once_get_their_own_answers(stage: Stage):
     async with stage.attached():
         good = [stage.transport.submit(WORKER, request(f"r{number}")) for number in range(20)]
-        bad = [stage.transport.submit(WORKER, request(f"p{number}", Phase.PREFILL)) for number in range(20)]
+        bad = [stage.transport.submit(WORKER, request(f"r{number}")) for number in range(20)]
         pairs = zip(good, bad, strict=True)
         answers = await asyncio.gather(*(call for pair in pairs for call in pair), return_exceptions=True)
     assert answers[::2] == [None] * 20
@@ -145,8 +145,9 @@ async def test_calls_at_once_get_their_own_answers(stage: Stage):
 
 async def test_a_refusal_is_an_invalid_request_with_the_workers_reason(stage: Stage):
     async with stage.attached():
-        with pytest.raises(InvalidEngineRequestError, match="does decode, not prefill"):
-            await stage.transport.submit(WORKER, request(phase=Phase.PREFILL))
+        await stage.transport.submit(WORKER, request())
+        with pytest.raises(InvalidEngineRequestError, match=r"request r is already on decode-0"):
+            await stage.transport.submit(WORKER, request())
 
 
 async def test_when_the_link_is_cut_reports_end_and_calls_that_wait_fail(stage: Stage):
