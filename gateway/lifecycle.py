@@ -2,14 +2,19 @@
 
 The table of all transitions is in docs/life-cycle.md.
 
-Open are WAITING, PREFILLING, PLACING and DECODING; NEW is left within the call that makes it. *Lost* is ReplicaLost, or
-a SubmitFailed that is no refusal. A sequence that was placed MAX_PLACEMENTS times fails instead of PLACING.
+Open are WAITING, ASKING, PREFILLING, PLACING and DECODING; NEW is left within the call that makes it. *Lost* is
+ReplicaLost, or a SubmitFailed that is no refusal. A sequence that was placed MAX_PLACEMENTS times fails instead of
+PLACING.
 
 Each placement is an attempt with an engine request id of its own (`engine_request_id`), so that what an engine still
 tells of an earlier attempt is never taken for the present one. What it hands over is released by whoever hears of it.
 
 The hand-off of an attempt is fetched once (invariant I1): when a decode replica is lost, its blocks are given back if
 the replica's process is dead, and wait for the end of their lease if it may live: then it may be fetching them.
+
+Where the placement says so, a decode replica is asked first for a hand-off of what it has cached of the prompt, the
+*source*, which prefill fetches (docs/adr/0017). It is sent to that attempt's prefill replica and to no other, and given
+back as a hand-off is; whatever becomes of the asking, prefill can read the prompt itself.
 
 A group is the choices (n > 1) of one prompt. Its first sequence leads: only it is prefilled remotely, so the hand-off
 is pulled once, and the others start on the same decode replica when the leader's blocks are in its prefix cache. After
@@ -22,11 +27,13 @@ from dataclasses import dataclass, replace
 from engine.protocol import KVHandoff
 
 MAX_PLACEMENTS = 5
+READS_ITSELF = "prefill reads the prompt itself"
 
 
 class Stage(enum.StrEnum):
     NEW = "new"
     WAITING = "waiting"
+    ASKING = "asking"
     PREFILLING = "prefilling"
     PLACING = "placing"
     DECODING = "decoding"
@@ -36,6 +43,10 @@ class Stage(enum.StrEnum):
 class FaultKind(enum.StrEnum):
     """What went wrong, as metrics count it."""
 
+    ASK_LOST = "ask_lost"
+    ASK_SLOW = "ask_slow"
+    ASK_FAILED = "ask_failed"
+    ASK_PULL_FAILED = "ask_pull_failed"
     PREFILL_LOST = "prefill_lost"
     PREFILL_SLOW = "prefill_slow"
     PREFILL_FAILED = "prefill_failed"
@@ -66,7 +77,8 @@ class SequenceState:
 
     `resumable`: an engine that is given prompt and answer so far goes on exactly as the one that is lost; otherwise the
     answer is written anew from its first token and compared. `lost` are the replicas that have failed it.
-    `handoff` is what the decode replica was sent and has not told the fetch of.
+    `handoff` is what the decode replica was sent and has not told the fetch of. `ask` is the decode replica that is
+    asked for what it has cached, `source` the hand-off of it that prefill was sent and has not told the end of.
     """
 
     request_id: str
@@ -78,6 +90,8 @@ class SequenceState:
     num_placements: int = 1
     has_written: bool = False
     handoff: KVHandoff | None = None
+    ask: str | None = None
+    source: KVHandoff | None = None
     lost: frozenset[str] = frozenset()
     faults: tuple[Fault, ...] = ()
 
@@ -85,6 +99,11 @@ class SequenceState:
     def engine_request_id(self) -> str:
         """What the engines of the present attempt call it."""
         return engine_request_id(self.request_id, self.num_placements)
+
+    @property
+    def ask_request_id(self) -> str:
+        """What the engine that is asked calls that; it may be the one that answers later."""
+        return f"{self.engine_request_id}~ask"
 
 
 def engine_request_id(request_id: str, num_placements: int) -> str:
@@ -107,6 +126,7 @@ class Placed:
 
     prefill: str | None
     decode: str
+    ask: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,13 +137,21 @@ class Unplaceable:
 
 
 @dataclass(frozen=True, slots=True)
+class AskFinished:
+    handoff: KVHandoff | None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class PrefillFinished:
-    """`has_written`: prefill has written the answer's next token; `answered`: it was also the last."""
+    """`has_written`: prefill has written the answer's next token; `answered`: it was also the last. `pull_failed`: it
+    could not fetch the source and has read the prompt itself."""
 
     handoff: KVHandoff | None
     error: str | None = None
     has_written: bool = False
     answered: bool = False
+    pull_failed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +200,7 @@ class ReplicaLost:
 
 @dataclass(frozen=True, slots=True)
 class Deadline:
-    """Prefill took longer than the configuration allows."""
+    """Prefill, or the replica that is asked, took longer than the configuration allows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +213,7 @@ Event = (
     | LeaderStarted
     | Placed
     | Unplaceable
+    | AskFinished
     | PrefillFinished
     | PullFailed
     | Delta
@@ -198,8 +227,14 @@ Event = (
 
 
 @dataclass(frozen=True, slots=True)
+class SubmitAsk:
+    replica_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class SubmitPrefill:
     replica_id: str
+    source: KVHandoff | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,10 +251,24 @@ class AbortOn:
 
 
 @dataclass(frozen=True, slots=True)
+class AbortAsk:
+    """Stop what the present attempt has asked a replica for."""
+
+    replica_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class Release:
     """Give the hand-off's blocks back through a decode replica; nobody will fetch them."""
 
     handoff: KVHandoff
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseSource:
+    """Give a source's blocks back through a prefill replica; nobody will fetch them."""
+
+    source: KVHandoff
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,17 +284,22 @@ class Fail:
     error: str
 
 
-Action = SubmitPrefill | SubmitDecode | AbortOn | Release | Place | Fail
+Action = SubmitAsk | SubmitPrefill | SubmitDecode | AbortAsk | AbortOn | Release | ReleaseSource | Place | Fail
 Transition = tuple[SequenceState, tuple[Action, ...]]
 
 
 def advance(state: SequenceState, event: Event) -> Transition:
     """One transition of the table above. Events that mean nothing in a stage change nothing."""
+    if isinstance(event, AskFinished) and state.stage is not Stage.ASKING:
+        # It came too late.
+        return state, (ReleaseSource(event.handoff),) if event.handoff else ()
     match state.stage:
         case Stage.NEW:
             return _start(state) if isinstance(event, Start) else (state, ())
         case Stage.WAITING:
             return _while_waiting(state, event)
+        case Stage.ASKING:
+            return _while_asking(state, event)
         case Stage.PREFILLING:
             return _while_prefilling(state, event)
         case Stage.PLACING:
@@ -266,9 +320,11 @@ def _start(state: SequenceState) -> Transition:
 
 def _go(state: SequenceState) -> Transition:
     """Sets off the attempt that the state's placement describes."""
-    if state.prefill is not None:
-        return replace(state, stage=Stage.PREFILLING), (SubmitPrefill(state.prefill),)
-    return _decode(state, None)
+    if state.prefill is None:
+        return _decode(state, None)
+    if state.ask is not None:
+        return replace(state, stage=Stage.ASKING), (SubmitAsk(state.ask),)
+    return _prefill(state, None)
 
 
 def _while_waiting(state: SequenceState, event: Event) -> Transition:
@@ -283,13 +339,48 @@ def _while_waiting(state: SequenceState, event: Event) -> Transition:
             return state, ()
 
 
+def _while_asking(state: SequenceState, event: Event) -> Transition:
+    assert state.prefill is not None
+    assert state.ask is not None
+    match event:
+        case AskFinished(handoff, error):
+            if handoff is None:
+                what = f"{state.ask} was asked and gave no hand-off: {error or 'no reason given'}"
+                state = _with_fault(state, FaultKind.ASK_FAILED, what, READS_ITSELF)
+            return _prefill(state, handoff)
+        case AbortAsked():
+            return replace(state, stage=Stage.DONE), (AbortAsk(state.ask),)
+        case Deadline():
+            what, given_up = f"{state.ask} was asked and took too long", AbortAsk(state.ask)
+            state, actions = _prefill(_with_fault(state, FaultKind.ASK_SLOW, what, READS_ITSELF), None)
+            return state, (given_up, *actions)
+        case SubmitFailed(state.ask, refused=True) as refusal:
+            return _prefill(_with_fault(state, FaultKind.ASK_FAILED, _words(refusal), READS_ITSELF), None)
+        case _ if loss := _loss_of(state.decode, event):
+            given_up = () if state.ask == state.decode else (AbortAsk(state.ask),)
+            return _place_again(state, _decode_lost(state), loss, given_up)
+        case _ if loss := _loss_of(state.ask, event):
+            return _prefill(_with_fault(state, FaultKind.ASK_LOST, _words(loss), READS_ITSELF), None)
+        case _ if loss := _loss_of(state.prefill, event):
+            return _place_again(state, FaultKind.PREFILL_LOST, loss, (AbortAsk(state.ask),))
+        case _:
+            return state, ()
+
+
 def _while_prefilling(state: SequenceState, event: Event) -> Transition:
+    """An abort gives the source back that prefill has not fetched; at its end it has fetched it,
+    or could not."""
+    source, kept = state.source, state
+    state = replace(state, source=None)
     assert state.prefill is not None
     match event:
         case PrefillFinished(handoff, answered=True):
             return replace(state, stage=Stage.DONE, has_written=True), (Release(handoff),) if handoff else ()
-        case PrefillFinished(handoff, error, has_written):
+        case PrefillFinished(handoff, error, has_written, _, pull_failed):
             state = replace(state, has_written=state.has_written or has_written)
+            if pull_failed:
+                what = f"{state.prefill} could not fetch what {state.ask} was asked for"
+                state = _with_fault(state, FaultKind.ASK_PULL_FAILED, what, "it has read the prompt itself")
             if handoff is None:
                 what = f"prefill on {state.prefill} gave no hand-off: {error or 'no reason given'}"
                 state = _with_fault(state, FaultKind.PREFILL_FAILED, what, "decode reads the prompt itself")
@@ -313,15 +404,20 @@ def _while_prefilling(state: SequenceState, event: Event) -> Transition:
         case _ if loss := _loss_of(state.decode, event):
             return _place_again(state, _decode_lost(state), loss, (AbortOn(state.prefill),))
         case _ if loss := _loss_of(state.prefill, event):
-            return _place_again(state, FaultKind.PREFILL_LOST, loss)
+            # As in decode: one that may live may be fetching it.
+            given_back = (ReleaseSource(source),) if source is not None and loss.is_dead else ()
+            return _place_again(state, FaultKind.PREFILL_LOST, loss, given_back)
+        case ReplicaLost(state.ask, is_dead=False) as loss if source is not None:
+            return _place_again(state, FaultKind.ASK_LOST, loss, (AbortOn(state.prefill),))
         case _:
-            return state, ()
+            return kept, ()
 
 
 def _while_placing(state: SequenceState, event: Event) -> Transition:
     match event:
-        case Placed(prefill, decode):
-            return _go(replace(state, prefill=prefill, decode=decode, num_placements=state.num_placements + 1))
+        case Placed(prefill, decode, ask):
+            number = state.num_placements + 1
+            return _go(replace(state, prefill=prefill, decode=decode, ask=ask, num_placements=number))
         case Unplaceable(reason):
             return _failed(state, FaultKind.UNPLACEABLE, reason)
         case AbortAsked():
@@ -363,6 +459,11 @@ def _while_decoding(state: SequenceState, event: Event) -> Transition:
             return _place_again(state, FaultKind.PREFILL_LOST, loss, (AbortOn(state.decode),))
         case _:
             return state, ()
+
+
+def _prefill(state: SequenceState, source: KVHandoff | None) -> Transition:
+    assert state.prefill is not None
+    return replace(state, stage=Stage.PREFILLING, source=source), (SubmitPrefill(state.prefill, source),)
 
 
 def _decode(state: SequenceState, handoff: KVHandoff | None) -> Transition:

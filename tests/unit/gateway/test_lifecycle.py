@@ -7,9 +7,11 @@ import pytest
 from engine.protocol import KVHandoff
 from gateway.lifecycle import (
     MAX_PLACEMENTS,
+    AbortAsk,
     AbortAsked,
     AbortOn,
     Action,
+    AskFinished,
     Deadline,
     DecodeFailed,
     Delta,
@@ -23,10 +25,12 @@ from gateway.lifecycle import (
     PrefillFinished,
     PullFailed,
     Release,
+    ReleaseSource,
     ReplicaLost,
     SequenceState,
     Stage,
     Start,
+    SubmitAsk,
     SubmitDecode,
     SubmitFailed,
     SubmitPrefill,
@@ -35,6 +39,7 @@ from gateway.lifecycle import (
 )
 
 HANDOFF = KVHandoff("p", "r", 10, 1, b"")
+SOURCE = KVHandoff("a", "r~ask", 8, 1, b"")
 SPLIT = SequenceState("r", "p", "d")
 LOCAL = SequenceState("r", None, "d")
 FOLLOWER = SequenceState("r", "p", "d", leads=False)
@@ -45,7 +50,11 @@ DECODING = replace(SPLIT, stage=Stage.DECODING)
 FETCHING = replace(DECODING, handoff=HANDOFF)
 PLACING = replace(SPLIT, stage=Stage.PLACING, lost=frozenset({"p"}))
 DONE = replace(SPLIT, stage=Stage.DONE)
-OPEN = [WAITING, PREFILLING, DECODING, FETCHING, PLACING]
+ASKS = replace(SPLIT, ask="a")
+ASKING = replace(ASKS, stage=Stage.ASKING)
+ASKING_D = replace(ASKING, ask="d")
+SOURCED = replace(PREFILLING, ask="a", source=SOURCE)
+OPEN = [WAITING, ASKING, ASKING_D, PREFILLING, SOURCED, DECODING, FETCHING, PLACING]
 
 REFUSED = "d did not take the request: too long"
 EVENTS: list[Event] = [
@@ -54,6 +63,8 @@ EVENTS: list[Event] = [
     Placed("p2", "d2"),
     Placed(None, "d2"),
     Unplaceable("nobody"),
+    AskFinished(SOURCE),
+    AskFinished(None, "out of memory"),
     PrefillFinished(HANDOFF),
     PrefillFinished(HANDOFF, has_written=True),
     PrefillFinished(None, "out of memory"),
@@ -71,11 +82,15 @@ EVENTS: list[Event] = [
     SubmitFailed("d", "gone", is_dead=True),
     SubmitFailed("p", "gone"),
     SubmitFailed("elsewhere", "too long"),
+    SubmitFailed("a", "too long", refused=True),
+    SubmitFailed("a", "gone"),
     ReplicaLost("d"),
     ReplicaLost("d", is_dead=True),
     ReplicaLost("p"),
     ReplicaLost("p", is_dead=True),
     ReplicaLost("elsewhere"),
+    ReplicaLost("a"),
+    ReplicaLost("a", is_dead=True),
     Deadline(),
     AbortAsked(),
 ]
@@ -88,6 +103,8 @@ def fails(why: str) -> tuple[Action, ...]:
 AGAIN = (Place(),)
 GONE_D, GONE_P = "d did not take the request: gone", "p did not take the request: gone"
 BEFORE, SLOW = FaultKind.DECODE_LOST_BEFORE_TOKEN, FaultKind.PREFILL_SLOW
+A_LOST, A_SLOW, A_FAILED = FaultKind.ASK_LOST, FaultKind.ASK_SLOW, FaultKind.ASK_FAILED
+ASK_ENDS, UNSOURCED = (AbortAsk("a"), Place()), (SubmitPrefill("p"),)
 P_LOST, P_FAILED, D_REFUSED = FaultKind.PREFILL_LOST, FaultKind.PREFILL_FAILED, FaultKind.DECODE_REFUSED
 
 # state, event, next stage, actions, the kind and words of the fault that is added
@@ -101,6 +118,80 @@ TABLE: list[tuple[SequenceState, Event, Stage, tuple[Action, ...], tuple[FaultKi
     (WAITING, SubmitFailed("d", "gone"), Stage.PLACING, AGAIN, (BEFORE, GONE_D)),
     (WAITING, SubmitFailed("d", "gone", is_dead=True), Stage.PLACING, AGAIN, (BEFORE, GONE_D)),
     (WAITING, AbortAsked(), Stage.DONE, (), None),
+    (ASKS, Start(), Stage.ASKING, (SubmitAsk("a"),), None),
+    (ASKING, AskFinished(SOURCE), Stage.PREFILLING, (SubmitPrefill("p", SOURCE),), None),
+    (
+        ASKING,
+        AskFinished(None, "out of memory"),
+        Stage.PREFILLING,
+        UNSOURCED,
+        (A_FAILED, "a was asked and gave no hand-off: out of memory"),
+    ),
+    (ASKING, Deadline(), Stage.PREFILLING, (AbortAsk("a"), *UNSOURCED), (A_SLOW, "a was asked and took too long")),
+    (
+        ASKING,
+        SubmitFailed("a", "too long", refused=True),
+        Stage.PREFILLING,
+        UNSOURCED,
+        (A_FAILED, "a did not take the request: too long"),
+    ),
+    (
+        ASKING,
+        SubmitFailed("a", "gone"),
+        Stage.PREFILLING,
+        UNSOURCED,
+        (A_LOST, "a did not take the request: gone"),
+    ),
+    (ASKING, ReplicaLost("a"), Stage.PREFILLING, UNSOURCED, (A_LOST, "a was lost")),
+    (ASKING, ReplicaLost("a", is_dead=True), Stage.PREFILLING, UNSOURCED, (A_LOST, "a was lost")),
+    *(
+        (ASKING, event, Stage.PLACING, ASK_ENDS, (kind, words))
+        for event, kind, words in (
+            (ReplicaLost("d"), BEFORE, "d was lost"),
+            (ReplicaLost("d", is_dead=True), BEFORE, "d was lost"),
+            (SubmitFailed("d", "gone"), BEFORE, GONE_D),
+            (SubmitFailed("d", "gone", is_dead=True), BEFORE, GONE_D),
+            (ReplicaLost("p"), P_LOST, "p was lost"),
+            (ReplicaLost("p", is_dead=True), P_LOST, "p was lost"),
+            (SubmitFailed("p", "gone"), P_LOST, GONE_P),
+        )
+    ),
+    (ASKING, AbortAsked(), Stage.DONE, (AbortAsk("a"),), None),
+    (ASKING_D, ReplicaLost("d"), Stage.PLACING, AGAIN, (BEFORE, "d was lost")),
+    (ASKING_D, ReplicaLost("p"), Stage.PLACING, (AbortAsk("d"), *AGAIN), (P_LOST, "p was lost")),
+    (ASKING_D, SubmitFailed("d", "too long", refused=True), Stage.PREFILLING, UNSOURCED, (A_FAILED, REFUSED)),
+    *(
+        (state, AskFinished(SOURCE), state.stage, (ReleaseSource(SOURCE),), None)
+        for state in (FOLLOWER, WAITING, PREFILLING, SOURCED, PLACING, DECODING, DONE)
+    ),
+    (SOURCED, PrefillFinished(HANDOFF), Stage.DECODING, (SubmitDecode("d", HANDOFF),), None),
+    (
+        SOURCED,
+        PrefillFinished(HANDOFF, pull_failed=True),
+        Stage.DECODING,
+        (SubmitDecode("d", HANDOFF),),
+        (FaultKind.ASK_PULL_FAILED, "p could not fetch what a was asked for"),
+    ),
+    (SOURCED, Deadline(), Stage.PLACING, (AbortOn("p"), *AGAIN), (SLOW, "prefill on p took too long")),
+    (SOURCED, ReplicaLost("d"), Stage.PLACING, (AbortOn("p"), *AGAIN), (BEFORE, "d was lost")),
+    (SOURCED, ReplicaLost("p"), Stage.PLACING, AGAIN, (P_LOST, "p was lost")),
+    (SOURCED, SubmitFailed("p", "gone"), Stage.PLACING, AGAIN, (P_LOST, GONE_P)),
+    (
+        SOURCED,
+        ReplicaLost("p", is_dead=True),
+        Stage.PLACING,
+        (ReleaseSource(SOURCE), *AGAIN),
+        (P_LOST, "p was lost"),
+    ),
+    (SOURCED, ReplicaLost("a"), Stage.PLACING, (AbortOn("p"), *AGAIN), (A_LOST, "a was lost")),
+    (
+        SOURCED,
+        SubmitFailed("p", "too long", refused=True),
+        Stage.DECODING,
+        (SubmitDecode("d", None),),
+        (P_FAILED, "p did not take the request: too long"),
+    ),
+    (SOURCED, AbortAsked(), Stage.DONE, (AbortOn("p"),), None),
     (PREFILLING, PrefillFinished(HANDOFF), Stage.DECODING, (SubmitDecode("d", HANDOFF),), None),
     (PREFILLING, PrefillFinished(HANDOFF, has_written=True), Stage.DECODING, (SubmitDecode("d", HANDOFF),), None),
     (PREFILLING, PrefillFinished(HANDOFF, None, True, True), Stage.DONE, (Release(HANDOFF),), None),
@@ -183,14 +274,18 @@ def test_each_row_of_the_table_holds(
     assert [(f.kind, f.what) for f in advanced.faults] == ([fault] if fault else [])
     if AGAIN[0] in actions:
         assert fault is not None
-        assert advanced.lost == ({"p"} if fault[0] in (P_LOST, SLOW) else {"d"})
+        assert advanced.lost == ({"p"} if fault[0] in (P_LOST, SLOW) else {"a"} if fault[0] is A_LOST else {"d"})
+    if advanced.stage is not state.stage:
+        assert advanced.source == (SOURCE if SubmitPrefill("p", SOURCE) in done else None)
     assert (advanced.prefill, advanced.decode, advanced.num_placements) == ("p" if state.prefill else None, "d", 1)
 
 
 @pytest.mark.parametrize("state", [SPLIT, LOCAL, FOLLOWER, *OPEN, DONE], ids=lambda s: f"{s.stage}-{s.prefill}")
 def test_an_event_outside_the_table_changes_nothing(state: SequenceState) -> None:
-    known = DECODING if state == FETCHING else state
-    told = [event for row_state, event, *_ in TABLE if row_state == known]
+    known = {FETCHING: DECODING, ASKING_D: ASKING, SOURCED: PREFILLING}.get(state, state)
+    told = [event for row_state, event, *_ in TABLE if row_state in (known, state)]
+    if known != DONE:
+        told += [event for event in EVENTS if isinstance(event, AskFinished)]
     if state == FETCHING:
         told += [ReplicaLost("p"), Delta(has_written=False)]
     if state == PLACING:

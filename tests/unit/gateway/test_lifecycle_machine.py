@@ -17,9 +17,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from engine.protocol import KVHandoff, Phase
 from gateway.lifecycle import (
     MAX_PLACEMENTS,
+    AbortAsk,
     AbortAsked,
     AbortOn,
     Action,
+    AskFinished,
     Deadline,
     DecodeFailed,
     Delta,
@@ -32,10 +34,12 @@ from gateway.lifecycle import (
     PrefillFinished,
     PullFailed,
     Release,
+    ReleaseSource,
     ReplicaLost,
     SequenceState,
     Stage,
     Start,
+    SubmitAsk,
     SubmitDecode,
     SubmitFailed,
     SubmitPrefill,
@@ -48,15 +52,16 @@ MAX_REPLICAS = 4
 """Of one phase and alive: no more join."""
 MAX_OPEN = 4
 """Sequences; while there are more, no prompt comes."""
-MAX_EVENTS_TO_THE_END = 3 * MAX_PLACEMENTS
-"""From any open stage, when nothing good happens: an attempt's prefill is late, its decode is lost, it is placed."""
+MAX_EVENTS_TO_THE_END = 4 * MAX_PLACEMENTS
+"""From any open stage, when nothing good happens: what an attempt asks for is late, so is its prefill, its decode is
+lost, it is placed."""
 WHICH = st.integers(0, 11)
 
 
 class Use(StrEnum):
     """What has been done with a hand-off. GIVEN_BACK: nobody can be fetching it; TAKEN_AWAY: somebody may be."""
 
-    SENT = "sent to a decode replica"
+    SENT = "sent to a replica"
     GIVEN_BACK = "given back"
     TAKEN_AWAY = "given back under a fetch"
 
@@ -86,7 +91,8 @@ class Replica:
 
 @dataclass(eq=False)
 class Job:
-    """One request to one engine. It is on its way until `is_sent`, and then with the engine until `is_over`.
+    """One request to one engine, and the stage that waits for it. It is on its way until `is_sent`, and then with the
+    engine until `is_over`.
 
     `is_answered`: the call that brought it has ended; `has_told`: a delta of it has been seen; `is_aborted`: the engine
     was told to stop it; `is_lost`: its replica was lost since, for certain if `is_known_dead`.
@@ -94,6 +100,7 @@ class Job:
 
     choice: "Choice"
     replica: Replica
+    stage: Stage
     engine_request_id: str
     handoff: "Handed | None" = None
     is_sent: bool = False
@@ -139,10 +146,10 @@ class Handed:
         if job is None or not job.is_sent or job.is_refused:
             return None
         if job.is_aborted:
-            return "decode was told to abort, and gives it up"
+            return "its consumer was told to abort, and gives it up"
         if job.is_over:
-            return "decode has ended the request, and given it up"
-        return "decode may live and be fetching it" if job.is_lost and not job.is_known_dead else None
+            return "its consumer has ended the request, and given it up"
+        return "its consumer may live and be fetching it" if job.is_lost and not job.is_known_dead else None
 
 
 @dataclass(eq=False)
@@ -175,12 +182,15 @@ class Choice:
 
     def is_at(self, job: Job) -> bool:
         """Whether the present attempt waits for what this engine tells."""
-        stages = {Phase.PREFILL: Stage.PREFILLING, Phase.DECODE: Stage.DECODING}
-        return (
-            self.stage is stages[job.replica.phase]
-            and job.engine_request_id == self.state.engine_request_id
-            and job.replica.replica_id in (self.state.prefill, self.state.decode)
-        )
+        return self.stage is job.stage and self.owns(job)
+
+    def owns(self, job: Job) -> bool:
+        """Whether it is of the present attempt."""
+        state = self.state
+        if job.stage is Stage.ASKING:
+            return job.engine_request_id == state.ask_request_id and job.replica.replica_id == state.ask
+        is_there = job.replica.replica_id in (state.prefill, state.decode)
+        return job.engine_request_id == state.engine_request_id and is_there
 
 
 def one_of(items: Sequence[T], which: int) -> T:
@@ -207,29 +217,35 @@ class LifeCycle(RuleBasedStateMachine):
         num_choices=st.sampled_from([1, 1, 1, 3]),
         prefill=WHICH,
         decode=WHICH,
+        ask=WHICH,
         resumable=st.booleans(),
-        num_steps=st.integers(0, 4),
+        num_steps=st.integers(0, 6),
         how=st.sampled_from(Finish),
     )
     def a_prompt_comes(
-        self, num_choices: int, prefill: int, decode: int, resumable: bool, num_steps: int, how: Finish
+        self, num_choices: int, prefill: int, decode: int, ask: int, resumable: bool, num_steps: int, how: Finish
     ) -> None:
-        placement, group = self._placement(prefill, decode), list[Choice]()
+        placement, group = self._placement(prefill, decode, ask), list[Choice]()
         for index in range(num_choices):
             request_id = f"r{len(self.choices)}"
+            leads = index == 0
+            ask_of = placement.ask if leads else None
             state = SequenceState(
-                request_id, placement.prefill, placement.decode, leads=index == 0, resumable=resumable
+                request_id, placement.prefill, placement.decode, ask=ask_of, leads=leads, resumable=resumable
             )
             group.append(Choice(state, group))
             self.choices.append(group[-1])
             self._advance(group[-1], Start())
         self._go_on(group[0], num_steps, how)
 
-    def _placement(self, prefill: int, decode: int) -> Placed:
-        """Among those that are heard of; a quarter goes to decode alone."""
-        readers, writer = self._heard(Phase.PREFILL), one_of(self._heard(Phase.DECODE), decode)
-        splits = readers and prefill % 4 != 3
-        return Placed(one_of(readers, prefill // 4).replica_id if splits else None, writer.replica_id)
+    def _placement(self, prefill: int, decode: int, ask: int) -> Placed:
+        """Among those that are heard of; a quarter goes to decode alone, of the others half asks one of decode."""
+        readers, writers = self._heard(Phase.PREFILL), self._heard(Phase.DECODE)
+        writer = one_of(writers, decode).replica_id
+        if not readers or prefill % 4 == 3:
+            return Placed(None, writer)
+        asked = one_of(writers, ask // 2).replica_id if ask % 2 else None
+        return Placed(one_of(readers, prefill // 4).replica_id, writer, asked)
 
     # -- what the gateway does with the machine's actions
 
@@ -237,7 +253,7 @@ class LifeCycle(RuleBasedStateMachine):
         before = choice.state
         choice.state, actions = advance(before, event)
         if before.stage is Stage.DONE:
-            choice.done_after_the_end += [action for action in actions if not isinstance(action, Release)]
+            choice.done_after_the_end += [a for a in actions if not isinstance(a, Release | ReleaseSource)]
             assert choice.state == before, "I3: what has ended has changed"
         for action in actions:
             self._perform(choice, action)
@@ -248,16 +264,21 @@ class LifeCycle(RuleBasedStateMachine):
     def _perform(self, choice: Choice, action: Action) -> None:
         engine_request_id = choice.state.engine_request_id
         match action:
-            case SubmitPrefill(replica_id):
-                choice.jobs.append(Job(choice, self._replica(replica_id), engine_request_id))
-            case SubmitDecode(replica_id, handoff):
-                job = Job(choice, self._replica(replica_id), engine_request_id, handoff and self._handed(handoff))
-                choice.jobs.append(job)
-            case AbortOn(replica_id):
+            case SubmitAsk(replica_id):
+                ask_id = choice.state.ask_request_id
+                choice.jobs.append(Job(choice, self._replica(replica_id), Stage.ASKING, ask_id))
+            case SubmitPrefill(replica_id, handoff) | SubmitDecode(replica_id, handoff):
+                stage = Stage.PREFILLING if isinstance(action, SubmitPrefill) else Stage.DECODING
+                handed = self._handed(handoff) if handoff is not None else None
+                choice.jobs.append(Job(choice, self._replica(replica_id), stage, engine_request_id, handed))
+            case AbortOn(replica_id) | AbortAsk(replica_id):
+                ours = choice.state.ask_request_id if isinstance(action, AbortAsk) else engine_request_id
                 jobs = [job for job in choice.jobs if job.replica.replica_id == replica_id]
-                (job,) = (job for job in jobs if job.engine_request_id == engine_request_id)
+                (job,) = (job for job in jobs if job.engine_request_id == ours)
                 job.is_aborted = True
-            case Release(handoff):
+            case Release(handoff) | ReleaseSource(handoff):
+                gives_to = Phase.PREFILL if isinstance(action, Release) else Phase.DECODE
+                assert self._handed(handoff).producer.phase is gives_to, "I2: given back through its own pool"
                 handed = self._handed(handoff)
                 carried_by = [job for job in self._underway() if job.handoff is handed]
                 assert not any(map(choice.is_at, carried_by)), "I1: a hand-off is to be sent and given back"
@@ -304,7 +325,7 @@ class LifeCycle(RuleBasedStateMachine):
     def _busy(self) -> list[Replica]:
         """Those that the gateway hears and has open sequences on."""
         states = [choice.state for choice in self.choices if choice.is_open and choice.stage is not Stage.PLACING]
-        ids = {replica_id for state in states for replica_id in (state.prefill, state.decode)}
+        ids = {replica_id for state in states for replica_id in (state.prefill, state.decode, state.ask)}
         return [replica for replica in self.replicas if replica.is_heard and replica.replica_id in ids]
 
     @precondition(lambda self: any(replica.is_alive for replica in self._busy()))
@@ -328,28 +349,34 @@ class LifeCycle(RuleBasedStateMachine):
             for job in choice.jobs:
                 if job.replica is replica and job.is_sent and job.is_expected:
                     job.is_lost, job.is_known_dead = True, is_dead
-            if choice.is_open and replica.replica_id in (choice.state.prefill, choice.state.decode):
+            state = choice.state
+            if choice.is_open and replica.replica_id in (state.prefill, state.decode, state.ask):
                 self._note_loss(choice, replica, is_dead)
                 self._fault(choice, ReplicaLost(replica.replica_id, is_dead))
 
     def _note_loss(self, choice: Choice, replica: Replica, is_dead: bool) -> None:
         """What the model says of the loss of a replica that a sequence is placed on: is it displaced?"""
+        is_placed_there = replica.replica_id in (choice.state.prefill, choice.state.decode)
         match choice.stage:
             case Stage.WAITING:
                 is_hit = replica.phase is Phase.DECODE
+            case Stage.ASKING:
+                is_hit = is_placed_there
             case Stage.PREFILLING:
-                is_hit = True
+                # Whether prefill has fetched it is not known before its end.
+                is_hit = is_placed_there or (choice.jobs[-1].handoff is not None and not is_dead)
             case Stage.DECODING:
                 job = choice.jobs[-1]
                 unfetched = job.handoff is not None and not job.handoff.is_fetched and not job.has_told
-                is_hit = replica.phase is Phase.DECODE or (unfetched and not is_dead)
+                is_producer = replica.replica_id == choice.state.prefill
+                is_hit = replica.replica_id == choice.state.decode or (is_producer and unfetched and not is_dead)
             case _:
                 is_hit = False
         if is_hit:
             choice.lost.add(replica.replica_id)
 
     def _fetching(self) -> list[Job]:
-        jobs = [job for job in self._jobs(sent=True, phase=Phase.DECODE) if job.handoff and not job.has_told]
+        jobs = [job for job in self._jobs(sent=True) if job.handoff and not job.has_told]
         return [job for job in jobs if job.choice.is_at(job)]
 
     @precondition(lambda self: self._fetching())
@@ -374,9 +401,9 @@ class LifeCycle(RuleBasedStateMachine):
 
     # -- calls to workers
 
-    def _jobs(self, *, sent: bool, phase: Phase | None = None) -> list[Job]:
+    def _jobs(self, *, sent: bool, stage: Stage | None = None) -> list[Job]:
         jobs = [job for choice in self.choices for job in choice.jobs if job.is_sent is sent]
-        return [job for job in jobs if phase in (None, job.replica.phase)]
+        return [job for job in jobs if stage in (None, job.stage)]
 
     def _underway(self) -> list[Job]:
         return [job for job in self._jobs(sent=False) if not job.is_over]
@@ -428,12 +455,12 @@ class LifeCycle(RuleBasedStateMachine):
 
     def _tell_failed_call(self, job: Job, failed: SubmitFailed) -> None:
         choice = job.choice
-        if not choice.is_open or job.engine_request_id != choice.state.engine_request_id:
+        if not choice.is_open or not choice.owns(job) or (job.stage is Stage.ASKING and not choice.is_at(job)):
             return
-        is_decode = job.replica.phase is Phase.DECODE
-        if choice.is_at(job) and not failed.refused:
+        is_placed_there = job.replica.replica_id in (choice.state.prefill, choice.state.decode)
+        if choice.is_at(job) and not failed.refused and is_placed_there:
             choice.lost.add(job.replica.replica_id)
-        self._fault(choice, failed, ends=failed.refused and is_decode)
+        self._fault(choice, failed, ends=failed.refused and job.stage is Stage.DECODING)
 
     # -- what engines tell
 
@@ -441,32 +468,54 @@ class LifeCycle(RuleBasedStateMachine):
         (handed,) = (handed for handed in self.handoffs if handed.handoff == handoff)
         return handed
 
-    def _telling(self, phase: Phase) -> list[Job]:
-        return [job for job in self._jobs(sent=True, phase=phase) if job.can_tell]
+    def _telling(self, stage: Stage) -> list[Job]:
+        return [job for job in self._jobs(sent=True, stage=stage) if job.can_tell]
 
-    @precondition(lambda self: self._telling(Phase.PREFILL))
-    @rule(which=WHICH, how=st.sampled_from(Finish))
-    def a_prefill_finishes(self, which: int, how: Finish) -> None:
-        self._finish_prefill(one_of(self._telling(Phase.PREFILL), which), how)
+    @precondition(lambda self: self._telling(Stage.ASKING))
+    @rule(which=WHICH, fails=st.booleans())
+    def who_was_asked_answers(self, which: int, fails: bool) -> None:
+        self._finish_ask(one_of(self._telling(Stage.ASKING), which), fails=fails)
+
+    def _finish_ask(self, job: Job, *, fails: bool) -> None:
+        """Also late, when prefill reads the prompt already."""
+        choice = job.choice
+        job.is_over, job.has_told = True, True
+        handoff: KVHandoff | None = None
+        if not fails:
+            handoff = KVHandoff(job.replica.replica_id, job.engine_request_id, 10, 1, b"")
+            self.handoffs.append(Handed(handoff, job.replica))
+        if choice.owns(job):
+            self._advance(choice, AskFinished(handoff, "out of memory" if fails else None))
+        elif handoff is not None:
+            self._handed(handoff).given_back()
+
+    @precondition(lambda self: self._telling(Stage.PREFILLING))
+    @rule(which=WHICH, how=st.sampled_from(Finish), pull_failed=st.booleans())
+    def a_prefill_finishes(self, which: int, how: Finish, pull_failed: bool) -> None:
+        self._finish_prefill(one_of(self._telling(Stage.PREFILLING), which), how, pull_failed)
 
     def _given_up(self) -> list[Job]:
-        return [job for job in self._telling(Phase.PREFILL) if job.is_aborted]
+        return [job for job in self._telling(Stage.PREFILLING) if job.is_aborted]
 
     @precondition(lambda self: self._given_up())
     @rule(which=WHICH)
     def a_prefill_finishes_although_it_was_aborted(self, which: int) -> None:
         self._finish_prefill(one_of(self._given_up(), which), Finish.READS)
 
-    def _finish_prefill(self, job: Job, how: Finish) -> None:
+    def _finish_prefill(self, job: Job, how: Finish, pull_failed: bool = False) -> None:
         """Also late, when its attempt has been given up. Only for an only choice, and if it can be continued, prefill
         writes the next token."""
         choice = job.choice
         job.is_over, job.has_told = True, True
+        pull_failed = job.handoff is not None and (pull_failed or not job.handoff.producer.is_alive)
+        if job.handoff is not None and not pull_failed:
+            job.handoff.is_fetched = True
+            assert Use.GIVEN_BACK not in job.handoff.uses, "I1: a source was fetched after it was given back"
         handoff: KVHandoff | None = None
         if how not in (Finish.FAILS, Finish.ANSWERS_WITHOUT):
             handoff = KVHandoff(job.replica.replica_id, job.engine_request_id, 10, 1, b"")
             self.handoffs.append(Handed(handoff, job.replica))
-        if not self._is_heard_by(choice, job):
+        if not choice.owns(job):
             # Whoever hears of it gives it back.
             if handoff is not None:
                 self._handed(handoff).given_back()
@@ -478,17 +527,12 @@ class LifeCycle(RuleBasedStateMachine):
             self._client_gets_tokens(choice)
             choice.has_answer = choice.has_answer or is_all
         error = None if handoff or writes else "out of memory"
-        self._advance(choice, PrefillFinished(handoff, error, has_written=writes, answered=is_all))
+        self._advance(choice, PrefillFinished(handoff, error, writes, answered=is_all, pull_failed=pull_failed))
 
-    @staticmethod
-    def _is_heard_by(choice: Choice, job: Job) -> bool:
-        ours = job.engine_request_id == choice.state.engine_request_id
-        return ours and job.replica.replica_id in (choice.state.prefill, choice.state.decode)
-
-    @precondition(lambda self: self._telling(Phase.DECODE))
+    @precondition(lambda self: self._telling(Stage.DECODING))
     @rule(which=WHICH, writes=st.booleans(), is_last=st.booleans(), pull_failed=st.booleans())
     def decode_tells(self, which: int, writes: bool, is_last: bool, pull_failed: bool) -> None:
-        self._tell_delta(one_of(self._telling(Phase.DECODE), which), writes, is_last, pull_failed)
+        self._tell_delta(one_of(self._telling(Stage.DECODING), which), writes, is_last, pull_failed)
 
     def _tell_delta(self, job: Job, writes: bool, is_last: bool, pull_failed: bool) -> None:
         choice, handed = job.choice, job.handoff
@@ -506,17 +550,17 @@ class LifeCycle(RuleBasedStateMachine):
         choice.has_answer = choice.has_answer or is_last
         self._advance(choice, Delta(is_last, has_written=writes or is_last))
 
-    @precondition(lambda self: self._telling(Phase.DECODE))
+    @precondition(lambda self: self._telling(Stage.DECODING))
     @rule(which=WHICH)
     def decode_fails(self, which: int) -> None:
-        job = one_of(self._telling(Phase.DECODE), which)
+        job = one_of(self._telling(Stage.DECODING), which)
         job.is_over = job.has_told = True
         if job.choice.is_at(job):
             job.choice.lost.add(job.replica.replica_id)
             self._fault(job.choice, DecodeFailed("out of memory"))
 
     def _replaying(self) -> list[Job]:
-        jobs = [job for job in self._telling(Phase.DECODE) if job.choice.is_at(job)]
+        jobs = [job for job in self._telling(Stage.DECODING) if job.choice.is_at(job)]
         return [job for job in jobs if job.choice.has_tokens and not job.choice.state.resumable]
 
     @precondition(lambda self: any(job.choice.num_placements > 1 for job in self._replaying()))
@@ -537,19 +581,29 @@ class LifeCycle(RuleBasedStateMachine):
         """A deadline is longer than it takes to send a request."""
         return [choice for choice in self._at(Stage.PREFILLING) if choice.jobs[-1].is_sent]
 
+    def _asking(self) -> list[Choice]:
+        return [choice for choice in self._at(Stage.ASKING) if choice.jobs[-1].is_sent]
+
+    @precondition(lambda self: self._asking())
+    @rule(which=WHICH)
+    def who_was_asked_takes_too_long(self, which: int) -> None:
+        self._fault(one_of(self._asking(), which), Deadline())
+
     @precondition(lambda self: self._reading())
     @rule(which=WHICH)
     def prefill_takes_too_long(self, which: int) -> None:
         self._pass_deadline(one_of(self._reading(), which))
 
     @precondition(lambda self: self._reading() and self._heard(Phase.DECODE))
-    @rule(which=WHICH, prefill=WHICH, decode=WHICH)
-    def prefill_takes_too_long_again(self, which: int, prefill: int, decode: int) -> None:
+    @rule(which=WHICH, prefill=WHICH, decode=WHICH, ask=WHICH)
+    def prefill_takes_too_long_again(self, which: int, prefill: int, decode: int, ask: int) -> None:
         """The pool is slow, and the sequence is placed on it a second time."""
         choice = one_of(self._reading(), which)
         self._pass_deadline(choice)
         if choice.stage is Stage.PLACING:
-            self._place(choice, self._placement(prefill, decode))
+            self._place(choice, self._placement(prefill, decode, ask))
+        if choice.stage is Stage.ASKING:
+            self._go_on(choice, 2)
         if choice.stage is Stage.PREFILLING:
             self._send(choice.jobs[-1])
             self._pass_deadline(choice)
@@ -567,10 +621,12 @@ class LifeCycle(RuleBasedStateMachine):
     def _go_on(self, choice: Choice, num_steps: int, how: Finish = Finish.WRITES) -> None:
         """As things go if nothing is lost: sent, read, handed over and sent, fetched, and written."""
         for _ in range(num_steps):
-            job = choice.jobs[-1] if choice.stage in (Stage.PREFILLING, Stage.DECODING) else None
+            job = choice.jobs[-1] if choice.stage in (Stage.ASKING, Stage.PREFILLING, Stage.DECODING) else None
             if job is not None and not job.is_sent:
                 self._send(job)
-            elif job is not None and job.can_tell and job.replica.phase is Phase.PREFILL:
+            elif job is not None and job.can_tell and job.stage is Stage.ASKING:
+                self._finish_ask(job, fails=False)
+            elif job is not None and job.can_tell and job.stage is Stage.PREFILLING:
                 self._finish_prefill(job, how)
             elif job is not None and job.can_tell:
                 self._tell_delta(job, writes=True, is_last=False, pull_failed=False)
@@ -584,9 +640,9 @@ class LifeCycle(RuleBasedStateMachine):
             self._advance(choice, AbortAsked())
 
     @precondition(lambda self: self._at(Stage.PLACING) and self._heard(Phase.DECODE))
-    @rule(which=WHICH, prefill=WHICH, decode=WHICH)
-    def it_is_placed_again(self, which: int, prefill: int, decode: int) -> None:
-        self._place(one_of(self._at(Stage.PLACING), which), self._placement(prefill, decode))
+    @rule(which=WHICH, prefill=WHICH, decode=WHICH, ask=WHICH)
+    def it_is_placed_again(self, which: int, prefill: int, decode: int, ask: int) -> None:
+        self._place(one_of(self._at(Stage.PLACING), which), self._placement(prefill, decode, ask))
 
     def _place(self, choice: Choice, placement: Placed) -> None:
         choice.asks_for_a_place = False
@@ -621,7 +677,7 @@ class LifeCycle(RuleBasedStateMachine):
         for choice in self.choices:
             first = [job for job in choice.jobs if job.engine_request_id == choice.state.request_id]
             if first and not choice.state.leads:
-                assert [(job.replica.phase, job.handoff) for job in first] == [(Phase.DECODE, None)], f"I1: {first}"
+                assert [(job.stage, job.handoff) for job in first] == [(Stage.DECODING, None)], f"I1: {first}"
 
     @invariant()
     def i2_a_hand_off_is_in_somebodys_hands(self) -> None:
@@ -674,7 +730,7 @@ class LifeCycle(RuleBasedStateMachine):
                     is_bounded = is_bounded and self._replica(choice.state.decode).is_heard
                 case Stage.PLACING:
                     is_bounded = choice.asks_for_a_place
-                case Stage.PREFILLING | Stage.DECODING:
+                case Stage.ASKING | Stage.PREFILLING | Stage.DECODING:
                     jobs = [job for job in choice.jobs if choice.is_at(job)]
                     is_bounded = len(jobs) == 1 and jobs[0].is_expected and self._is_watched(choice)
                 case _:
@@ -684,9 +740,12 @@ class LifeCycle(RuleBasedStateMachine):
     def _is_watched(self, choice: Choice) -> bool:
         """The replicas that the present stage needs are there, as far as the gateway knows. A fetch from a dead process
         fails; one from a process that hangs may never end."""
-        if choice.stage is Stage.PREFILLING and not self._replica(choice.state.prefill).is_heard:
+        reads = choice.stage in (Stage.ASKING, Stage.PREFILLING)
+        if reads and not self._replica(choice.state.prefill).is_heard:
             return False
         job = choice.jobs[-1]
+        if job.stage is Stage.ASKING and not job.replica.is_heard:
+            return False
         producer = job.handoff.producer if job.handoff is not None and not job.has_told else None
         may_hang = producer is not None and producer.is_alive and not producer.is_heard
         return self._replica(choice.state.decode).is_heard and not may_hang
@@ -716,7 +775,9 @@ class LifeCycle(RuleBasedStateMachine):
                 self._send(job)
             for choice in self.choices:
                 self._drive(choice)
-        for job in self._telling(Phase.PREFILL):
+        for job in self._telling(Stage.ASKING):
+            self._finish_ask(job, fails=False)
+        for job in self._telling(Stage.PREFILLING):
             self._finish_prefill(job, Finish.READS)
         self.i1_a_hand_off_is_used_at_most_once()
         self.i2_a_hand_off_is_in_somebodys_hands()
@@ -730,6 +791,8 @@ class LifeCycle(RuleBasedStateMachine):
 
     def _drive(self, choice: Choice) -> None:
         match choice.stage:
+            case Stage.ASKING if choice.jobs[-1].is_sent:
+                self._fault(choice, Deadline())
             case Stage.PREFILLING if choice.jobs[-1].is_sent:
                 self._pass_deadline(choice)
             case Stage.PLACING:
@@ -745,10 +808,10 @@ class LifeCycle(RuleBasedStateMachine):
 def worst(state: SequenceState, is_placed: bool) -> Event:
     """What happens at the latest in a stage: a time-out, or the loss of the replica that is waited for."""
     match state.stage:
-        case Stage.PREFILLING:
+        case Stage.ASKING | Stage.PREFILLING:
             return Deadline()
         case Stage.PLACING:
-            return Placed("p", "d") if is_placed else Unplaceable("nobody")
+            return Placed("p", "d", "d") if is_placed else Unplaceable("nobody")
         case Stage.WAITING:
             return LeaderStarted()
         case _:
