@@ -756,8 +756,6 @@ class SimulatedEngine:
             wrong = f"max_tokens is {request.max_tokens}; at least 1 is needed"
         elif request.request_id in self._live or request.request_id in self._pinned:
             wrong = f"request_id {request.request_id} is already on {self.replica_id}"
-        elif handoff is not None and request.phase is Phase.PREFILL:
-            wrong = "handoff is set, but prefill makes hand-offs and takes none"
         elif handoff is not None and handoff.num_tokens > num_tokens:
             wrong = f"handoff covers {handoff.num_tokens} tokens, the prompt has only {num_tokens}"
         if wrong is not None:

@@ -120,6 +120,8 @@ class Gateway:
                 max_in_flight_requests=config.gateway.max_in_flight_requests,
                 warm_up_sampling=warm_up_sampling(),
                 has_prefill_pool=config.pools.prefill.replicas > 0,
+                can_ask=config.handoff.reverse,
+                ask_timeout_s=config.handoff.ask_timeout_s,
                 report_timeout_s=config.recovery.worker_timeout_s,
                 engine_timeout_s=config.recovery.engine_timeout_s,
                 recovery_timeout_s=config.recovery.placement_timeout_s,

@@ -82,7 +82,8 @@ class Replica:
 
 class Cluster:
     """The replicas of both pools, as reported, with what is in flight on each, and what their work costs.
-    `expects_prefill`: whether there should be prefill replicas. `promised_tokens(replica_id)`: of sessions that are
+    `expects_prefill`: whether there should be prefill replicas; `can_ask`: whether decode can be asked for what it has
+    cached. `promised_tokens(replica_id)`: of sessions that are
     expected to come back there."""
 
     def __init__(
@@ -91,6 +92,7 @@ class Cluster:
         promised_tokens: Callable[[str], float] = lambda replica_id: 0.0,
     ) -> None:
         self.expects_prefill = False
+        self.can_ask = False
         self._clock = clock
         self._promised_tokens = promised_tokens
         self._replicas: dict[str, Replica] = {}
@@ -210,6 +212,7 @@ class Cluster:
             cached,
             self._learner.costs,
             self._clock(),
+            self.can_ask,
         )
 
     def _views(self, phase: Phase) -> tuple[ReplicaView, ...]:
@@ -261,7 +264,9 @@ class Cluster:
         """What a delta shows of the engine that wrote it."""
         if delta.request_id in replica.queued and (delta.token_ids or delta.finish_reason is not None):
             self._has_token(replica, delta.request_id)
-        if (facts := delta.prefill) is None:
+        is_asked = replica.phase is Phase.DECODE and delta.handoff is not None
+        if (facts := delta.prefill) is None or is_asked:
+            # What it was asked for was cached there, and is no answer: it says nothing of the next prompt.
             return
         if not facts.num_external_cached_tokens:
             replica.computed_share.add(facts.num_computed_tokens, facts.num_prompt_tokens)

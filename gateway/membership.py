@@ -45,11 +45,12 @@ class Loss(enum.StrEnum):
 @dataclass(frozen=True)
 class MembershipConfig:
     """`report_timeout_s`: a worker that reports nothing for so long is lost; `engine_timeout_s`: so is one whose engine
-    tells nothing for so long although it holds requests."""
+    tells nothing for so long although it holds requests. `reverse`: pairs are warmed in both directions."""
 
     warm_up_sampling: bytes
     report_timeout_s: float
     engine_timeout_s: float
+    reverse: bool = False
 
 
 class Membership:
@@ -289,19 +290,32 @@ class Membership:
                 if handoff is None:
                     raise ReplicaGoneError(f"{prefill.replica_id} gave no hand-off")
                 await self._probe(decoder, handoff)
+                if self._config.reverse:
+                    await self._warm_up_reverse(prefill, decoder)
             except (ReplicaGoneError, TimeoutError):
                 if self._takes_requests(other) or not self._takes_requests(replica):
                     raise
                 # The partner has gone meanwhile; if it comes back, it is warmed with this one.
 
-    async def _probe(self, replica: Replica, handoff: KVHandoff | None) -> TokenDelta:
-        """Runs one small request on a replica. A prompt is unique to its hand-off, so nothing is cached beforehand."""
+    async def _warm_up_reverse(self, prefill: Replica, decoder: Replica) -> None:
+        """Prefill fetches from decode, and what it hands over itself is given back. Raises as `_warm_up` does."""
+        asked = (await self._probe(decoder, None, Phase.PREFILL)).handoff
+        if asked is None:
+            raise ReplicaGoneError(f"{decoder.replica_id} gave no hand-off")
+        handoff = (await self._probe(prefill, asked)).handoff
+        if handoff is None:
+            raise ReplicaGoneError(f"{prefill.replica_id} gave no hand-off")
+        await self._transport.release(decoder.replica_id, f"release-{handoff.source_request_id}", handoff)
+
+    async def _probe(self, replica: Replica, handoff: KVHandoff | None, phase: Phase | None = None) -> TokenDelta:
+        """Runs one small request on a replica. A prompt is unique to its hand-off, so nothing is cached beforehand.
+        `phase`: of what is asked, if it is not the replica's."""
         if replica.info is None:
             raise ReplicaGoneError(f"{replica.replica_id} was lost")
         key = handoff.source_request_id if handoff else f"warm-up-{secrets.token_hex(8)}"
         length = min(replica.info.block_size_tokens + 1, replica.info.max_model_len - 2)
         prompt = [int(digit, 16) + 1 for digit in (key.removeprefix("warm-up-") * length)[:length]]
-        request = EngineRequest(key, replica.phase, prompt, 1, self._config.warm_up_sampling, handoff)
+        request = EngineRequest(key, phase or replica.phase, prompt, 1, self._config.warm_up_sampling, handoff)
         future: asyncio.Future[TokenDelta] = asyncio.get_running_loop().create_future()
         self._probes[key] = (replica.replica_id, future)
         try:

@@ -53,6 +53,7 @@ SHADOW = Counter(
 RECEIPTS_DROPPED = Counter("baton_receipts_dropped", "Receipts that came faster than the disk takes them")
 PROMPT_TOKENS = Counter("baton_prompt_tokens", "Prompt tokens by where they came from", ["source"])
 KV_BYTES = Counter("baton_kv_moved_bytes", "Bytes of KV cache that decode engines fetched from prefill engines")
+KV_ASKED_BYTES = Counter("baton_kv_asked_bytes", "Bytes of KV cache that prefill engines fetched from decode engines")
 
 
 def count(receipt: Receipt) -> None:
@@ -75,6 +76,7 @@ def count(receipt: Receipt) -> None:
     PROMPT_TOKENS.labels("cache").inc(outcome.reused_tokens)
     PROMPT_TOKENS.labels("computed").inc(max(outcome.prompt_tokens - outcome.reused_tokens, 0))
     KV_BYTES.inc(outcome.kv_bytes_moved)
+    KV_ASKED_BYTES.inc(outcome.kv_bytes_asked)
     if outcome.ttft_ms is not None:
         TTFT.observe(outcome.ttft_ms / 1000)
     if outcome.duration_ms is not None:

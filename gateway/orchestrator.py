@@ -27,7 +27,7 @@ from gateway.agents.sessions import Sessions
 from gateway.cluster import Cluster, Replica
 from gateway.lifecycle import SequenceState, Stage
 from gateway.membership import Loss, Membership, MembershipConfig
-from gateway.outcome import Attempt, GroupTimes, History, blocks_moved, facts_for_client, outcome
+from gateway.outcome import Attempt, GroupTimes, History, blocks_moved, facts_for_client, has_fetched, outcome
 from gateway.routing.admission import AdmissionConfig, admit
 from gateway.routing.costs import Costs
 from gateway.routing.order import rank_ms
@@ -100,13 +100,15 @@ class Group:
 @dataclass
 class Sequence:
     """The mutable record around one sequence's immutable state. `read_s` is how long its prompt will be read, as
-    predicted at its last placement. `written` is what the client has of the answer."""
+    predicted at its last placement, and `asked_tokens` the beginning of it that the replica that is asked had cached
+    then. `written` is what the client has of the answer."""
 
     request: SequenceRequest
     group: Group
     state: SequenceState
     history: History
     read_s: float = 0.0
+    asked_tokens: int = 0
     written: "array[int]" = field(default_factory=lambda: array("I"))
     deadline: asyncio.TimerHandle | None = None
 
@@ -127,8 +129,9 @@ class Sequence:
 
 @dataclass(frozen=True)
 class OrchestratorConfig:
-    """`has_prefill_pool`: a request that is not split is then degraded. `recovery_timeout_s`: how long a request that a
-    fault has displaced waits for a replica.
+    """`has_prefill_pool`: a request that is not split is then degraded. `can_ask`: decode may be asked for
+    what it has cached, and has `ask_timeout_s` to hand it over (docs/adr/0017). `recovery_timeout_s`: how long a
+    request that a fault has displaced waits for a replica.
     `rank_ms` orders what waits for an engine (`gateway.routing.order`).
     `drop_logprobs(logprobs, n)` leaves out the first n tokens of a delta's logprobs and those of the prompt. For the
     rest see `MembershipConfig`."""
@@ -137,6 +140,8 @@ class OrchestratorConfig:
     max_in_flight_requests: int
     warm_up_sampling: bytes
     has_prefill_pool: bool = False
+    can_ask: bool = False
+    ask_timeout_s: float = 5.0
     report_timeout_s: float = 5.0
     engine_timeout_s: float = 20.0
     recovery_timeout_s: float = 120.0
@@ -174,6 +179,7 @@ class Orchestrator:
         self._sessions = Sessions(MAX_SESSIONS, MAX_SESSION_TOKENS)
         self.cluster = Cluster(clock, self._sessions.promised_tokens)
         self.cluster.expects_prefill = config.has_prefill_pool
+        self.cluster.can_ask = config.can_ask
         self.receipts = receipts
         self._transport = transport
         self._policy = policy
@@ -186,18 +192,19 @@ class Orchestrator:
         self._num_placed = 0
         self._sequences: dict[str, Sequence] = {}
         self._by_engine_id: dict[str, Sequence] = {}
+        self._asking: dict[str, Sequence] = {}
         self._displaced: dict[str, Sequence] = {}
         self._unsent: set[KVHandoff] = set()
         self._submitting: set[tuple[str, str]] = set()
         self._abort_after_submit: set[tuple[str, str]] = set()
-        self._unreleased: list[KVHandoff] = []
+        self._unreleased: list[tuple[KVHandoff, Phase]] = []
         self._batches: asyncio.Queue[list[TokenDelta]] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
         self._membership = Membership(
             self.cluster,
             transport,
-            MembershipConfig(config.warm_up_sampling, config.report_timeout_s, config.engine_timeout_s),
+            MembershipConfig(config.warm_up_sampling, config.report_timeout_s, config.engine_timeout_s, config.can_ask),
             self._spawn,
             on_report=self._on_report,
             on_lost=self._on_replica_lost,
@@ -258,10 +265,13 @@ class Orchestrator:
             group.placement.decode,
             leads=not group.sequences,
             resumable=request.resumable,
+            ask=None if group.sequences else group.placement.ask,
         )
         sequence = Sequence(request, group, state, History(len(request.prompt_token_ids), arrived_s))
         if state.leads and group.receipt is not None and group.receipt.predicted is not None:
             sequence.read_s = group.receipt.predicted.read_s
+            snapshot, num_tokens = group.receipt.snapshot, group.receipt.request.num_prompt_tokens
+            sequence.asked_tokens = snapshot.askable_tokens(state.ask, num_tokens)
         group.sequences.append(sequence)
         self._sequences[request.request_id] = self._by_engine_id[request.request_id] = sequence
         self.cluster.sent(state.decode, request.request_id, len(request.prompt_token_ids))
@@ -387,11 +397,12 @@ class Orchestrator:
                 if sequence.state.leads:
                     self._sessions.placed(session, placement)
                 sequence.read_s = predict(view, placement, snapshot).read_s
+                sequence.asked_tokens = snapshot.askable_tokens(placement.ask, view.num_prompt_tokens)
                 self._note(group, Decision(request.request_id, seed, view, snapshot, placement))
                 del self._displaced[request.request_id]
                 _cancel_deadline(sequence)
                 sequence.history.attempts.append(Attempt())
-                self._advance(sequence, lifecycle.Placed(placement.prefill, placement.decode))
+                self._advance(sequence, lifecycle.Placed(placement.prefill, placement.decode, placement.ask))
                 return True
         return False
 
@@ -417,9 +428,12 @@ class Orchestrator:
         if sequence.state.engine_request_id != before.engine_request_id:
             self._by_engine_id[sequence.state.engine_request_id] = sequence
             self.cluster.sent(sequence.state.decode, sequence.state.engine_request_id, self._num_tokens(sequence))
+        if before.stage is Stage.ASKING and sequence.state.stage is not Stage.ASKING and before.ask is not None:
+            self._asking.pop(before.ask_request_id, None)
+            self.cluster.ended(before.ask, before.ask_request_id)
         for action in actions:
             self._perform(sequence, action)
-        if sequence.state.stage not in (Stage.PREFILLING, Stage.PLACING):
+        if sequence.state.stage not in (Stage.ASKING, Stage.PREFILLING, Stage.PLACING):
             _cancel_deadline(sequence)
         if was_open and sequence.state.stage is Stage.DONE:
             self._finish(sequence)
@@ -427,10 +441,21 @@ class Orchestrator:
     def _perform(self, sequence: Sequence, action: lifecycle.Action) -> None:
         engine_id = sequence.state.engine_request_id
         match action:
-            case lifecycle.SubmitPrefill(replica_id):
+            case lifecycle.SubmitAsk(replica_id):
+                ask = self._ask_request(sequence)
+                self._asking[ask.request_id] = sequence
+                self.cluster.sent(replica_id, ask.request_id, len(ask.prompt_token_ids))
+                if sequence.state.prefill is not None:
+                    self.cluster.sent(sequence.state.prefill, engine_id, self._num_tokens(sequence), sequence.read_s)
+                self._set_deadline(sequence, self._config.ask_timeout_s, self._advance, lifecycle.Deadline())
+                self._spawn(self._submit(sequence, replica_id, ask))
+            case lifecycle.SubmitPrefill(replica_id, source):
                 self.cluster.sent(replica_id, engine_id, self._num_tokens(sequence), sequence.read_s)
                 self._set_deadline(sequence, self._config.handoff_timeout_s, self._advance, lifecycle.Deadline())
-                self._spawn(self._submit(sequence, replica_id, self._engine_request(sequence, Phase.PREFILL, None)))
+                sequence.attempt.source = source
+                if source is not None:
+                    self._unsent.add(source)
+                self._spawn(self._submit(sequence, replica_id, self._engine_request(sequence, Phase.PREFILL, source)))
             case lifecycle.SubmitDecode(replica_id, handoff):
                 if sequence.state.prefill is not None:
                     self.cluster.ended(sequence.state.prefill, engine_id)
@@ -441,16 +466,18 @@ class Orchestrator:
                 if handoff is not None:
                     self._unsent.add(handoff)
                 self._spawn(self._submit(sequence, replica_id, self._engine_request(sequence, Phase.DECODE, handoff)))
+            case lifecycle.AbortAsk(replica_id):
+                self._abort(replica_id, sequence.state.ask_request_id)
             case lifecycle.AbortOn(replica_id):
                 self.cluster.ended(replica_id, engine_id)
-                if (replica_id, engine_id) in self._submitting:
-                    self._abort_after_submit.add((replica_id, engine_id))
-                else:
-                    self._spawn(self._abort_on(replica_id, engine_id))
+                self._abort(replica_id, engine_id)
             case lifecycle.Release(handoff):
                 # One that waits to be sent is given back by its submission, which finds that it has come too late.
                 if handoff not in self._unsent:
-                    self._spawn(self._release(handoff))
+                    self._spawn(self._release(handoff, Phase.DECODE))
+            case lifecycle.ReleaseSource(source):
+                if source not in self._unsent:
+                    self._spawn(self._release(source, Phase.PREFILL))
             case lifecycle.Place():
                 self._leave_placement(sequence)
                 self._displaced[sequence.request.request_id] = sequence
@@ -462,6 +489,12 @@ class Orchestrator:
                 log.error("request %s failed: %s", sequence.request.request_id, error)
                 sequence.history.finish_reason = FinishReason.ERROR
                 self._batches.put_nowait([TokenDelta(sequence.request.request_id, [], FinishReason.ERROR, error=error)])
+
+    def _abort(self, replica_id: str, engine_request_id: str) -> None:
+        if (replica_id, engine_request_id) in self._submitting:
+            self._abort_after_submit.add((replica_id, engine_request_id))
+        else:
+            self._spawn(self._abort_on(replica_id, engine_request_id))
 
     def _place_if_displaced(self, sequence: Sequence) -> None:
         if self._closed or sequence.request.request_id not in self._displaced or self._place_again(sequence):
@@ -519,6 +552,9 @@ class Orchestrator:
             sequence = self._by_engine_id.get(delta.request_id)
             if report.phase is Phase.PREFILL:
                 told = self._on_prefill_delta(report.replica_id, sequence, delta)
+            elif delta.handoff is not None or delta.request_id in self._asking:
+                self._on_ask_delta(report.replica_id, delta)
+                continue
             elif sequence is not None and sequence.state.stage is Stage.DECODING:
                 told = self._on_decode_delta(sequence, delta)
             else:
@@ -528,6 +564,18 @@ class Orchestrator:
         if batch:
             self._batches.put_nowait(batch)
 
+    def _on_ask_delta(self, replica_id: str, delta: TokenDelta) -> None:
+        if delta.finish_reason is None:
+            return
+        sequence = self._asking.get(delta.request_id)
+        if sequence is None or sequence.state.ask != replica_id:
+            # It came too late: nobody is going to fetch it.
+            if delta.handoff is not None and not self._membership.is_probe(delta.request_id):
+                self._spawn(self._release(delta.handoff, Phase.PREFILL))
+            return
+        sequence.attempt.ask_facts = delta.prefill
+        self._advance(sequence, lifecycle.AskFinished(delta.handoff, delta.error))
+
     def _on_prefill_delta(self, replica_id: str, sequence: Sequence | None, delta: TokenDelta) -> TokenDelta | None:
         """What the client gets of it: the next token, if prefill writes it."""
         if delta.finish_reason is None:
@@ -535,17 +583,21 @@ class Orchestrator:
         if sequence is None or sequence.state.prefill != replica_id:
             # The attempt ended while its prefill was finishing: give the blocks back now, not when the lease ends.
             if delta.handoff is not None and not self._membership.is_probe(delta.request_id):
-                self._spawn(self._release(delta.handoff))
+                self._spawn(self._release(delta.handoff, Phase.DECODE))
             return None
         self.cluster.ended(replica_id, delta.request_id)
         sequence.attempt.prefill_facts, sequence.attempt.prefill_times = delta.prefill, delta.times
+        source, pull_failed = sequence.attempt.source, False
+        if source is not None and delta.prefill is not None:
+            pull_failed = not has_fetched(source, delta.prefill)
         told: TokenDelta | None = None
         if sequence.prefill_writes and sequence.state.stage is Stage.PREFILLING and delta.error is None:
             told = self._token_of_prefill(sequence, delta)
         answered = told is not None and told.finish_reason is not None
-        self._advance(
-            sequence, lifecycle.PrefillFinished(delta.handoff, delta.error, told is not None, answered=answered)
-        )
+        finished = lifecycle.PrefillFinished(delta.handoff, delta.error, told is not None, answered, pull_failed)
+        self._advance(sequence, finished)
+        if source is not None:
+            self._membership.let_go_of_leavers()
         return told
 
     def _token_of_prefill(self, sequence: Sequence, delta: TokenDelta) -> TokenDelta | None:
@@ -623,23 +675,25 @@ class Orchestrator:
             [sequence.history for sequence in group.sequences],
             [fault for sequence in group.sequences for fault in sequence.state.faults],
             GroupTimes(group.received_s, group.decide_s, self._clock()),
+            self.cluster.block_size_tokens,
             replica.info.kv_block_bytes if replica and replica.info else 0,
         )
 
     def _on_replica_lost(self, replica_id: str, is_dead: bool) -> None:
         for sequence in list(self._sequences.values()):
-            if replica_id in (sequence.state.prefill, sequence.state.decode):
+            if replica_id in (sequence.state.prefill, sequence.state.decode, sequence.state.ask):
                 self._advance(sequence, lifecycle.ReplicaLost(replica_id, is_dead))
 
     def _on_replica_ready(self) -> None:
         self._place_displaced()
         unreleased, self._unreleased = self._unreleased, []
-        for handoff in unreleased:
-            self._spawn(self._release(handoff))
+        for handoff, through_pool in unreleased:
+            self._spawn(self._release(handoff, through_pool))
 
     def _is_needed(self, replica: Replica) -> bool:
-        """Whether a request runs on a replica, or a decode replica may still be fetching a hand-off from it."""
-        handoffs = (sequence.state.handoff for sequence in self._sequences.values())
+        """Whether a request runs on a replica, or another one may still be fetching a hand-off from it."""
+        states = (sequence.state for sequence in self._sequences.values())
+        handoffs = (handoff for state in states for handoff in (state.handoff, state.source))
         return bool(replica.in_flight) or any(h and h.source_replica == replica.replica_id for h in handoffs)
 
     # -- calls to workers
@@ -666,13 +720,27 @@ class Orchestrator:
             num_written_tokens=len(carried),
         )
 
+    @staticmethod
+    def _ask_request(sequence: Sequence) -> EngineRequest:
+        """For a hand-off of what the replica had cached of the prompt when it was placed."""
+        request = sequence.request
+        known = (request.prompt_token_ids + sequence.carried.tolist())[: sequence.asked_tokens]
+        return EngineRequest(
+            request_id=sequence.state.ask_request_id,
+            phase=Phase.PREFILL,
+            prompt_token_ids=known,
+            max_tokens=1,
+            cache_salt=request.cache_salt,
+            priority=sequence.group.rank_ms,
+        )
+
     async def _submit(self, sequence: Sequence, replica_id: str, request: EngineRequest) -> None:
         if request.handoff is not None:
             self._unsent.discard(request.handoff)
         if not self._is_current(sequence, request):
             # It ended before this task ran: nothing was sent, but a hand-off still has to be given back.
             if request.handoff is not None:
-                await self._release(request.handoff)
+                await self._release(request.handoff, request.phase)
             return
         key = replica_id, request.request_id
         self._submitting.add(key)
@@ -692,7 +760,7 @@ class Orchestrator:
             if request.handoff is not None:
                 # Only the replica that refused knows that it does not fetch the blocks. One that is gone may have
                 # begun to, and blocks must not be freed under a pull: then their lease ends.
-                await self._release(request.handoff, through=replica_id)
+                await self._release(request.handoff, request.phase, through=replica_id)
         elif error is not None or abort:
             await self._abort_on(replica_id, request.request_id)
 
@@ -700,6 +768,8 @@ class Orchestrator:
     def _is_current(sequence: Sequence, request: EngineRequest) -> bool:
         """Whether this is what the present attempt has asked for."""
         state = sequence.state
+        if state.stage is Stage.ASKING:
+            return state.ask_request_id == request.request_id
         return state.stage in (Stage.PREFILLING, Stage.DECODING) and state.engine_request_id == request.request_id
 
     async def _abort_on(self, replica_id: str, engine_request_id: str) -> None:
@@ -708,10 +778,10 @@ class Orchestrator:
         except ReplicaGoneError as error:
             log.warning("could not abort %s on %s: %s", engine_request_id, replica_id, error)
 
-    async def _release(self, handoff: KVHandoff, through: str | None = None) -> None:
-        """Gives a hand-off back through the first decode replica that can, or through one and no other. While none can
-        it waits for the next one that is ready, but not beyond its lease."""
-        for replica in self.cluster.pool(Phase.DECODE):
+    async def _release(self, handoff: KVHandoff, through_pool: Phase, through: str | None = None) -> None:
+        """Gives a hand-off back through the first replica that can of the pool that it was for, or through one and no
+        other. While none can it waits for the next one that is ready, but not beyond its lease."""
+        for replica in self.cluster.pool(through_pool):
             if not replica.attached or through not in (None, replica.replica_id):
                 continue
             try:
@@ -721,10 +791,13 @@ class Orchestrator:
                 log.warning("could not release a hand-off through %s: %s", replica.replica_id, error)
         if through is None and self._wall_clock() < handoff.expires_s:
             log.warning(
-                "no decode replica can release %s now; the next one that is ready is to", handoff.source_request_id
+                "no %s replica can release %s now; the next one that is ready is to",
+                through_pool,
+                handoff.source_request_id,
             )
             now_s = self._wall_clock()
-            self._unreleased = [*(kept for kept in self._unreleased if kept.expires_s > now_s), handoff]
+            kept = [one for one in self._unreleased if one[0].expires_s > now_s]
+            self._unreleased = [*kept, (handoff, through_pool)]
         else:
             log.error("%s could not be released; its blocks stay until the lease ends", handoff.source_request_id)
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from engine.protocol import EngineTimes, FinishReason, PrefillFacts
+from engine.protocol import EngineTimes, FinishReason, KVHandoff, PrefillFacts
 from gateway.lifecycle import Fault
 from gateway.routing.receipts import Outcome, Times
 
@@ -11,7 +11,8 @@ from gateway.routing.receipts import Outcome, Times
 @dataclass
 class Attempt:
     """What the engines of one placement have told of a sequence. `num_told_tokens`: of the answer, from its first token
-    on, those that the client had before included; `handoff_blocks`: what decode was offered."""
+    on, those that the client had before included; `handoff_blocks`: what decode was offered; `source`: what prefill was
+    offered, from a decode replica that was asked; `ask_facts`: how that one came by it."""
 
     num_told_tokens: int = 0
     prefill_facts: PrefillFacts | None = None
@@ -21,6 +22,13 @@ class Attempt:
     handoff_blocks: int = 0
     blocks_moved: int = 0
     prefill_has_written: bool = False
+    source: KVHandoff | None = None
+    ask_facts: PrefillFacts | None = None
+
+    @property
+    def asked_tokens(self) -> int:
+        """What prefill has fetched from decode."""
+        return self.prefill_facts.num_external_cached_tokens if self.prefill_facts else 0
 
 
 @dataclass
@@ -59,6 +67,11 @@ def blocks_moved(handoff_blocks: int, facts: PrefillFacts, block_size_tokens: in
     return handoff_blocks - facts.num_local_cached_tokens // block_size_tokens
 
 
+def has_fetched(source: KVHandoff, facts: PrefillFacts) -> bool:
+    """Whether prefill has computed no more than what the source does not cover."""
+    return facts.num_computed_tokens <= max(facts.num_prompt_tokens - source.num_tokens, 1)
+
+
 def facts_for_client(own: Attempt, leader: Attempt) -> PrefillFacts | None:
     """What the placement really reused: tokens that no engine computed for this prompt; None while nobody has told."""
     by_prefill = leader.prefill_facts if leader.handoff_blocks or leader.prefill_has_written else None
@@ -66,10 +79,20 @@ def facts_for_client(own: Attempt, leader: Attempt) -> PrefillFacts | None:
     if facts is None:
         return None
     cached = facts.num_local_cached_tokens
+    if by_prefill is not None:
+        # Of what it fetched, the replica that was asked has computed what it had not cached any more.
+        by_asked = leader.ask_facts.num_computed_tokens if leader.ask_facts else 0
+        cached += max(leader.asked_tokens - by_asked, 0)
     return PrefillFacts(facts.num_prompt_tokens, facts.num_prompt_tokens - cached, cached, 0)
 
 
-def outcome(histories: Sequence[History], faults: Sequence[Fault], times: GroupTimes, kv_block_bytes: int) -> Outcome:
+def outcome(
+    histories: Sequence[History],
+    faults: Sequence[Fault],
+    times: GroupTimes,
+    block_size_tokens: int,
+    kv_block_bytes: int,
+) -> Outcome:
     """`histories`: of all the group's sequences, the leader's first; `faults`: all that they have met."""
     leader = histories[0]
     reasons = [history.finish_reason for history in histories]
@@ -80,6 +103,8 @@ def outcome(histories: Sequence[History], faults: Sequence[Fault], times: GroupT
         status = "aborted"
     attempts = [attempt for history in histories for attempt in history.attempts]
     moved = sum(attempt.blocks_moved for attempt in attempts)
+    asked = sum(-(-attempt.asked_tokens // max(block_size_tokens, 1)) for attempt in attempts)
+    on_decode = [facts for attempt in attempts for facts in (attempt.decode_facts, attempt.ask_facts) if facts]
     first_s = leader.first_token_s
     facts = leader.facts_told or facts_for_client(leader.attempt, leader.attempt)
     return Outcome(
@@ -91,9 +116,11 @@ def outcome(histories: Sequence[History], faults: Sequence[Fault], times: GroupT
         output_tokens=sum(history.output_tokens for history in histories),
         reused_tokens=facts.num_local_cached_tokens if facts else 0,
         prefill_computed_tokens=sum(a.prefill_facts.num_computed_tokens for a in attempts if a.prefill_facts),
-        decode_computed_tokens=sum(a.decode_facts.num_computed_tokens for a in attempts if a.decode_facts),
+        decode_computed_tokens=sum(facts.num_computed_tokens for facts in on_decode),
         kv_blocks_moved=moved,
         kv_bytes_moved=moved * kv_block_bytes,
+        kv_blocks_asked=asked,
+        kv_bytes_asked=asked * kv_block_bytes,
         faults=tuple(map(str, faults)),
         fault_kinds=tuple(fault.kind.value for fault in faults),
         times_ms=_times(leader, times),

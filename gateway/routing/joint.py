@@ -2,7 +2,9 @@
 
 A placement costs, in seconds of all requests' time:
 
-- the read: until the prompts before it are read, and its own uncached rest. Who is delayed: itself, and those that come
+- the read: until the prompts before it are read, and its own uncached rest. Where decode has more of the prompt cached
+  than prefill, it can be asked for that: a short read there, and a hand-off in the place of reading it again. Who is
+  delayed: itself, and those that come
   while the reading replica is busy; by Little's law these are about as many as are there now.
 - the hand-off of the blocks that decode does not have, or, where decode reads the prompt itself, none; but every answer
   that is being written there then pauses for as long.
@@ -43,12 +45,15 @@ CANDIDATES = 8
 @dataclass(frozen=True, slots=True)
 class Cost:
     """What one replica's part of a placement costs, in seconds. `own_s` is this request's, until its part is done;
-    `others_s` the other requests', `lost_s` what has to be read again because its blocks are displaced."""
+    `others_s` the other requests', `lost_s` what has to be read again because its blocks are displaced. `ask` is the
+    decode replica that is asked for the first `asked_tokens` of the prompt."""
 
     replica_id: str
     own_s: float
     others_s: float
     lost_s: float
+    ask: str | None = None
+    asked_tokens: int = 0
 
     @property
     def total_s(self) -> float:
@@ -113,23 +118,35 @@ class _Decision:
             degraded = snapshot.expects_prefill
             return Placement(None, alone.replica_id, policy.name, reason, scores, degraded=degraded)
         prefills = self._candidates(snapshot.prefill, lambda view: view.read_until_s)
-        read = self._lowest([self._reading(view) for view in prefills], scores)
+        asked = self._asked()
+        read = self._lowest([self._reading(view, asked) for view in prefills], scores)
         fetched = self._lowest([self._fetching(view, written[view.replica_id]) for view in decodes], scores)
         split_s = read.total_s + fetched.total_s
         if policy.conditional_split and alone.total_s < split_s:
             reason = f"decode reads the prompt itself: {_words(alone)}, against {split_s:.3g} s in all when split"
             return Placement(None, alone.replica_id, policy.name, reason, scores)
         reason = f"split: {_words(read)} and {_words(fetched)}, against {alone.total_s:.3g} s in all on one"
-        return Placement(read.replica_id, fetched.replica_id, policy.name, reason, scores)
+        return Placement(read.replica_id, fetched.replica_id, policy.name, reason, scores, ask=read.ask)
 
     # -- the parts of the cost
 
-    def _reading(self, view: ReplicaView) -> Cost:
-        """On a prefill replica."""
+    def _reading(self, view: ReplicaView, asked: ReplicaView | None) -> Cost:
+        """On a prefill replica, which fetches from the one that is asked what it has not cached if that costs less."""
+        costs, num_tokens = self._snapshot.costs, self._request.num_prompt_tokens
         wait_s = max(view.read_until_s - self._snapshot.now_s, 0.0)
-        read_s = self._read_s(self._snapshot.costs.prefill.read, view)
-        lost_s = self._lost_s(view, self._snapshot.costs.prefill.read, self._request.num_prompt_tokens)
-        return Cost(view.replica_id, wait_s + read_s, read_s * view.in_flight_requests, lost_s)
+        read_s = self._read_s(costs.prefill.read, view)
+        lost_s = self._lost_s(view, costs.prefill.read, num_tokens)
+        alone = Cost(view.replica_id, wait_s + read_s, read_s * view.in_flight_requests, lost_s)
+        if asked is None or (num_asked := self._askable(asked)) <= (num_cached := self._cached(view)):
+            return alone
+        num_blocks = (num_asked - num_cached) / max(asked.block_size_tokens, 1)
+        # An engine computes the last block of what it is asked for, although it has it cached.
+        ask_s = costs.decode.read.seconds(asked.block_size_tokens, num_asked)
+        rest_s = costs.prefill.read.seconds(num_tokens - num_asked, num_tokens)
+        own_s = wait_s + ask_s + costs.handoff.seconds(num_blocks) + rest_s
+        others_s = rest_s * view.in_flight_requests + ask_s * asked.in_flight_requests
+        asking = Cost(view.replica_id, own_s, others_s, lost_s, asked.replica_id, num_asked)
+        return min(alone, asking, key=lambda cost: cost.total_s)
 
     def _reading_itself(self, view: ReplicaView, written: Cost) -> Cost:
         """On a decode replica that answers too."""
@@ -196,6 +213,16 @@ class _Decision:
 
     # -- which replicas
 
+    def _asked(self) -> ReplicaView | None:
+        """The decode replica that has most of the prompt cached; None where nobody can be asked."""
+        if not self._snapshot.can_ask or not self._policy.affinity:
+            return None
+        most = max(self._snapshot.decode, key=self._askable)
+        return most if self._askable(most) else None
+
+    def _askable(self, view: ReplicaView) -> int:
+        return self._snapshot.askable_tokens(view.replica_id, self._request.num_prompt_tokens)
+
     def _cached(self, view: ReplicaView) -> int:
         return self._snapshot.cached(view.replica_id) if self._policy.affinity else 0
 
@@ -216,4 +243,5 @@ class _Decision:
 
 
 def _words(cost: Cost) -> str:
-    return f"{cost.own_s:.3g} s and {cost.others_s:.3g} s of others' on {cost.replica_id}"
+    words = f"{cost.own_s:.3g} s and {cost.others_s:.3g} s of others' on {cost.replica_id}"
+    return f"{words}, which fetches {cost.asked_tokens} tokens of {cost.ask}," if cost.ask else words

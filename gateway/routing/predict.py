@@ -9,7 +9,8 @@ from gateway.routing.types import ClusterSnapshot, Placement, ReplicaView, Reque
 class Prediction:
     """Of a placement, from the costs that were known when it was decided.
 
-    `cached_tokens` of the prompt are in the cache of the replica that reads it, `wait_s` is until the prompts before it
+    `cached_tokens` of the prompt are in the cache of the replica that reads it, or it fetches them from the one that is
+    asked, which takes `ask_s`. `wait_s` is until the prompts before it
     are read there, `read_s` its own reading. `handoff_s` is None where there is none. `ttft_s` counts from the
     decision. `tpot_s` is the step of the decode replica with this request in the batch.
     """
@@ -21,6 +22,7 @@ class Prediction:
     ttft_s: float
     tpot_s: float
     output_tokens: float
+    ask_s: float | None = None
 
 
 def predict(request: RequestView, placement: Placement, snapshot: ClusterSnapshot) -> Prediction:
@@ -35,6 +37,13 @@ def predict(request: RequestView, placement: Placement, snapshot: ClusterSnapsho
         handoff_s = costs.handoff.seconds(num_missing / max(decode.block_size_tokens, 1))
     # An engine computes a prompt's last token in any case.
     cached_tokens = min(snapshot.cached(reader.replica_id), max(request.num_prompt_tokens - 1, 0))
+    ask_s: float | None = None
+    asked_tokens = snapshot.askable_tokens(placement.ask, request.num_prompt_tokens)
+    if placement.ask is not None and asked_tokens > cached_tokens:
+        block_size_tokens = max(decode.block_size_tokens, 1)
+        ask_s = costs.decode.read.seconds(block_size_tokens, asked_tokens)
+        ask_s += costs.handoff.seconds((asked_tokens - cached_tokens) / block_size_tokens)
+        cached_tokens = asked_tokens
     wait_s = max(reader.read_until_s - snapshot.now_s, 0.0)
     read_s = read.seconds(request.num_prompt_tokens - cached_tokens, request.num_prompt_tokens)
     output_tokens = request.expected_output_tokens(costs.output_tokens)
@@ -42,10 +51,10 @@ def predict(request: RequestView, placement: Placement, snapshot: ClusterSnapsho
         decode.in_flight_requests + request.num_choices,
         decode.in_flight_tokens + request.num_prompt_tokens + output_tokens / 2,
     )
-    ttft_s = wait_s + read_s
+    ttft_s = (ask_s or 0.0) + wait_s + read_s
     if handoff_s is not None and not request.prefill_writes:
         ttft_s += handoff_s + tpot_s
-    return Prediction(cached_tokens, wait_s, read_s, handoff_s, ttft_s, tpot_s, output_tokens)
+    return Prediction(cached_tokens, wait_s, read_s, handoff_s, ttft_s, tpot_s, output_tokens, ask_s)
 
 
 def _view(pool: tuple[ReplicaView, ...], replica_id: str) -> ReplicaView:

@@ -38,7 +38,8 @@ class Times:
 class Outcome:
     """What came of a placement. Times are from the request's arrival at the gateway.
 
-    `reused_tokens` were in a prefix cache and computed by nobody; `kv_blocks_moved` travelled from prefill to decode.
+    `reused_tokens` were in a prefix cache and computed by nobody; `kv_blocks_moved` travelled from prefill to decode,
+    `kv_blocks_asked` from decode to prefill.
     `faults` says in words what went wrong and what was done, `fault_kinds` in the same order what metrics count.
     """
 
@@ -53,6 +54,8 @@ class Outcome:
     decode_computed_tokens: int = 0
     kv_blocks_moved: int = 0
     kv_bytes_moved: int = 0
+    kv_blocks_asked: int = 0
+    kv_bytes_asked: int = 0
     faults: tuple[str, ...] = ()
     fault_kinds: tuple[str, ...] = ()
     times_ms: Times = Times()

@@ -110,7 +110,8 @@ class ReplicaView(msgspec.Struct, frozen=True):
 class ClusterSnapshot:
     """The replicas that may be chosen, each pool in the order of its ids. `expects_prefill`: there should be prefill
     replicas, by the configuration. `cached_tokens` is how much of the request's prompt, from its beginning, each
-    replica has in its cache, as its engine reports; who has none is left out. `now_s` is the gateway's clock."""
+    replica has in its cache, as its engine reports; who has none is left out. `now_s` is the gateway's clock.
+    `can_ask`: decode may be asked for a hand-off of what it has cached, which prefill fetches (docs/adr/0017)."""
 
     prefill: tuple[ReplicaView, ...]
     decode: tuple[ReplicaView, ...]
@@ -118,6 +119,7 @@ class ClusterSnapshot:
     cached_tokens: Mapping[str, int] = field(default_factory=dict[str, int])
     costs: Costs = field(default_factory=Costs)
     now_s: float = 0.0
+    can_ask: bool = False
 
     def without(self, replica_ids: frozenset[str]) -> "ClusterSnapshot":
         return replace(
@@ -129,6 +131,16 @@ class ClusterSnapshot:
     def cached(self, replica_id: str | None) -> int:
         """Tokens of the request's prompt that a replica has cached."""
         return self.cached_tokens.get(replica_id or "", 0)
+
+    def askable_tokens(self, replica_id: str | None, num_prompt_tokens: int) -> int:
+        """For how many tokens of a prompt a decode replica can be asked: full blocks, and never the whole prompt, for
+        the engine that reads it computes its last token in any case."""
+        cached_tokens = self.cached(replica_id)
+        if cached_tokens < num_prompt_tokens:
+            return cached_tokens
+        # What is cached are full blocks: then the prompt is, too.
+        view = next((view for view in self.decode if view.replica_id == replica_id), None)
+        return max(num_prompt_tokens - view.block_size_tokens, 0) if view else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +191,8 @@ class RequestView:
 @dataclass(frozen=True, slots=True)
 class Placement:
     """Who prefills (None: the decode replica itself) and who decodes, why, and what each candidate scored. `degraded`:
-    a prefill replica would have been chosen, if there were one."""
+    a prefill replica would have been chosen, if there were one. `ask`: the decode replica that is asked for what it has
+    cached of the prompt, before prefill reads the rest."""
 
     prefill: str | None
     decode: str
@@ -187,6 +200,7 @@ class Placement:
     reason: str
     scores: dict[str, float] = field(default_factory=dict[str, float])
     degraded: bool = False
+    ask: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
