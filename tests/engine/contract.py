@@ -616,3 +616,63 @@ class EngineContract:
                     (open_ids.discard if delta.finish_reason else open_ids.add)(delta.request_id)
             most = max(most, len(open_ids))
         return most
+
+
+class ReverseContract:
+    """What engines that hand over in both directions (docs/adr/0017) do beside `EngineContract`: mix it in."""
+
+    async def asked_for(self, bench: Bench, known: Sequence[int]) -> KVHandoff:
+        """Decode's hand-off of a session's tokens after a turn that it has written itself."""
+        answer = await bench.decode.finished(await bench.submit(bench.decode, Phase.PREFILL, known, 1))
+        assert answer.facts.num_computed_tokens <= bench.block_size
+        assert (answer.handoff.num_tokens, answer.handoff.num_blocks) == (len(known), bench.num_blocks(len(known)))
+        return answer.handoff
+
+    async def after_a_turn(self, bench: Bench, seed: int) -> list[int]:
+        """The full blocks that decode has cached of it, of which prefill has the first."""
+        prompt = bench.pair.prompt(bench.block_size + 2, seed)
+        answer = await bench.run_decode(prompt, 2 * bench.block_size, (await bench.run_prefill(prompt)).handoff)
+        known = [*prompt, *answer.token_ids]
+        return known[: (len(known) - 1) // bench.block_size * bench.block_size]
+
+    async def read(self, bench: Bench, prompt: list[int], handoff: KVHandoff, salt: str = "") -> Answer:
+        request_id = await bench.submit(bench.prefill, Phase.PREFILL, prompt, 1, handoff=handoff, salt=salt)
+        return await bench.prefill.finished(request_id)
+
+    async def test_prefill_fetches_what_it_has_not_cached_and_reads_the_rest(self, bench: Bench) -> None:
+        known = await self.after_a_turn(bench, seed=300)
+        prompt = [*known, *bench.pair.prompt(5, seed=301)]
+        before = bench.prefill.load
+        second = await self.read(bench, prompt, await self.asked_for(bench, known))
+        size = bench.block_size
+        assert second.facts == PrefillFacts(len(prompt), 5, size, len(known) - size)
+        after = await bench.prefill.load_where(
+            lambda load: load.kv_transfers_total > before.kv_transfers_total, "the transfer to be counted"
+        )
+        moved_bytes = (len(known) - size) // size * bench.pair.prefill.info.kv_block_bytes
+        assert after.kv_bytes_received_total - before.kv_bytes_received_total == moved_bytes
+        answer = await bench.run_decode(prompt, 6, second.handoff)
+        alone = await bench.run_decode(prompt, 6, salt="-alone")
+        assert answer.token_ids == alone.token_ids
+
+    async def test_decode_keeps_what_it_was_asked_for_until_it_is_fetched_or_given_back(self, bench: Bench) -> None:
+        known = await self.after_a_turn(bench, seed=302)
+        num_blocks = bench.num_blocks(len(known))
+        for is_fetched in (True, False):
+            handoff = await self.asked_for(bench, known)
+            await bench.decode.load_where(lambda load: load.num_kv_blocks_used == num_blocks, "the blocks to be kept")
+            if is_fetched:
+                await bench.release((await self.read(bench, [*known, 1], handoff, salt="-moved")).handoff)
+            else:
+                await bench.prefill.engine.release("given-back", handoff)
+            await bench.decode.idle()
+
+    async def test_an_abort_of_prefill_gives_back_what_it_was_to_fetch(self, bench: Bench) -> None:
+        known = await self.after_a_turn(bench, seed=303)
+        handoff = await self.asked_for(bench, known)
+        request_id = await bench.submit(bench.prefill, Phase.PREFILL, [*known, 1], 1, handoff=handoff, salt="-moved")
+        await bench.prefill.engine.abort([request_id])
+        await bench.prefill.next_step()
+        if request_id in bench.prefill.answers:
+            await bench.release(bench.prefill.answers[request_id].handoff)
+        await bench.decode.idle()

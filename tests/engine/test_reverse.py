@@ -11,7 +11,7 @@ from engine.ports import free_ports
 from engine.protocol import KVHandoff, Phase, PrefillFacts
 from engine.vllm_codec import SamplingPayload, encode_sampling
 from engine.vllm_engine import VllmEngine
-from tests.engine.contract import Answer, Bench, EngineContract
+from tests.engine.contract import Answer, Bench, EngineContract, ReverseContract
 from tests.engine.local_cluster import BLOCK, engine_config
 from tests.engine.test_vllm_contract import BYTES_PER_TOKEN, VllmPair
 
@@ -63,7 +63,7 @@ def nobodys(handoff: KVHandoff) -> KVHandoff:
     return msgspec.structs.replace(handoff, params=msgspec.msgpack.encode(params))
 
 
-class TestReverse(EngineContract):
+class TestReverse(ReverseContract, EngineContract):
     @pytest.mark.parametrize(("num_prompt_tokens", "num_answer_tokens"), [(300, 40), (2 * BLOCK, 2), (BLOCK + 1, 32)])
     async def test_a_second_turn_is_answered_as_by_one_engine(
         self, bench: Bench, num_prompt_tokens: int, num_answer_tokens: int

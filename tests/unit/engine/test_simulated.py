@@ -33,7 +33,7 @@ from engine.simulated import (
     expected_answer,
 )
 from engine.simulated_blocks import Block, BlockPool
-from tests.engine.contract import Answer, Collector, EngineContract
+from tests.engine.contract import Answer, Collector, EngineContract, ReverseContract
 from tests.unit.simulated_config import BLOCK as B
 from tests.unit.simulated_config import CONFIG, LATENCY
 from tests.unit.virtual_time import simulate
@@ -69,7 +69,7 @@ async def pair() -> AsyncIterator[SimulatedPair]:
     await pair.decode.shutdown()
 
 
-class TestContract(EngineContract):
+class TestContract(ReverseContract, EngineContract):
     pass
 
 
