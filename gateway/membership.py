@@ -286,16 +286,23 @@ class Membership:
         for other in others:
             prefill, decoder = (other, replica) if decode else (replica, other)
             try:
-                handoff = (await self._probe(prefill, None)).handoff
-                if handoff is None:
-                    raise ReplicaGoneError(f"{prefill.replica_id} gave no hand-off")
-                await self._probe(decoder, handoff)
+                directions = [self._warm_up_pair(prefill, decoder)]
                 if self._config.reverse:
-                    await self._warm_up_reverse(prefill, decoder)
+                    directions.append(self._warm_up_reverse(prefill, decoder))
+                for error in await asyncio.gather(*directions, return_exceptions=True):
+                    if error is not None:
+                        raise error
             except (ReplicaGoneError, TimeoutError):
                 if self._takes_requests(other) or not self._takes_requests(replica):
                     raise
                 # The partner has gone meanwhile; if it comes back, it is warmed with this one.
+
+    async def _warm_up_pair(self, prefill: Replica, decoder: Replica) -> None:
+        """Decode fetches from prefill. Raises as `_warm_up` does."""
+        handoff = (await self._probe(prefill, None)).handoff
+        if handoff is None:
+            raise ReplicaGoneError(f"{prefill.replica_id} gave no hand-off")
+        await self._probe(decoder, handoff)
 
     async def _warm_up_reverse(self, prefill: Replica, decoder: Replica) -> None:
         """Prefill fetches from decode, and what it hands over itself is given back. Raises as `_warm_up` does."""

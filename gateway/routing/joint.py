@@ -142,8 +142,9 @@ class _Decision:
         num_blocks = (num_asked - num_cached) / max(asked.block_size_tokens, 1)
         # An engine computes the last block of what it is asked for, although it has it cached.
         ask_s = costs.decode.read.seconds(asked.block_size_tokens, num_asked)
+        asked_wait_s = max(asked.read_until_s - self._snapshot.now_s, 0.0) + self._room_s(asked, num_asked, 1)
         rest_s = costs.prefill.read.seconds(num_tokens - num_asked, num_tokens)
-        own_s = wait_s + ask_s + costs.handoff.seconds(num_blocks) + rest_s
+        own_s = asked_wait_s + ask_s + wait_s + costs.handoff.seconds(num_blocks) + rest_s
         others_s = rest_s * view.in_flight_requests + ask_s * asked.in_flight_requests
         asking = Cost(view.replica_id, own_s, others_s, lost_s, asked.replica_id, num_asked)
         return min(alone, asking, key=lambda cost: cost.total_s)
@@ -174,13 +175,13 @@ class _Decision:
         now_s = step.seconds(others, tokens)
         then_s = step.seconds(others + self._request.num_choices, tokens + own_tokens)
         lost_s = self._lost_s(view, self._snapshot.costs.decode.read, self._request.num_prompt_tokens + steps)
-        wait_s = self._room_s(view, own_tokens)
+        wait_s = self._room_s(view, own_tokens, self._request.num_choices)
         return Cost(view.replica_id, wait_s + steps * then_s, others * steps / 2 * (then_s - now_s), lost_s)
 
-    def _room_s(self, view: ReplicaView, num_tokens: float) -> float:
-        """Until there is room for the request in the batch and in the KV cache: as many requests have ended as are too
+    def _room_s(self, view: ReplicaView, num_tokens: float, num_sequences: int) -> float:
+        """Until there is room for so much more in the batch and in the KV cache: as many requests have ended as are too
         many, at the pace at which they do."""
-        num_requests = view.in_flight_requests + self._request.num_choices
+        num_requests = view.in_flight_requests + num_sequences
         slots = float(view.max_num_seqs or math.inf)
         if view.num_kv_blocks and view.block_size_tokens:
             num_all_tokens = view.in_flight_tokens + num_tokens

@@ -108,11 +108,11 @@ class Gateway:
     def __init__(self, transport: InProcessTransport, prefix: str = "r", **config: Any):
         self.closed: list[Receipt] = []
         self.losses: list[tuple[str, str]] = []
-        shadow = config.pop("shadow", None)
+        shadow, policy = config.pop("shadow", None), config.pop("policy", least_tokens)
         limits = OrchestratorConfig(HANDOFF_TIMEOUT_S, max_in_flight_requests=100, warm_up_sampling=b"warm-up")
         self.orchestrator = Orchestrator(
             transport,
-            least_tokens,
+            policy,
             ReceiptStore(100),
             replace(limits, **config),
             shadow=shadow,

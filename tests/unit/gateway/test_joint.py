@@ -102,6 +102,56 @@ def test_what_sessions_will_want_back_is_not_displaced_without_need() -> None:
     assert placed(snapshot, policy=Joint(keeps_promised=False)).decode == "d0"
 
 
+BUSY = replica("d0", in_flight_requests=4, in_flight_tokens=400)
+"""Reading a long rest itself would cost its four answers more than a hand-off costs."""
+
+
+def asking(prefill: list[ReplicaView], decode: list[ReplicaView], **cached: int) -> ClusterSnapshot:
+    return replace(cluster(prefill, decode, **cached), can_ask=True)
+
+
+def test_decode_is_asked_for_what_it_alone_has_cached() -> None:
+    """Prefill would read 600 tokens more in 0.6 s; to ask costs 0.01 s, five times, and a hand-off of 0.07 s."""
+    snapshot = asking([replica("p0")], [BUSY], d0=600)
+    placement = placed(snapshot)
+    assert (placement.prefill, placement.decode, placement.ask) == ("p0", "d0", "d0")
+    assert "on p0, which fetches 600 tokens of d0," in placement.reason
+    # 0.01 s for the last block of what is asked, 0.01 + 60 * 0.001 s for the fetch, 0.4 s for the rest.
+    assert placement.scores["p0"] == pytest.approx(0.01 + 4 * 0.01 + 0.07 + 0.4)
+    prediction = predict(REQUEST, placement, snapshot)
+    assert (prediction.cached_tokens, prediction.ask_s) == (600, pytest.approx(0.08))
+    assert prediction.read_s == pytest.approx(0.4)
+    assert placed(replace(snapshot, can_ask=False)).ask is None
+
+
+def test_nobody_is_asked_for_what_prefill_has_or_reads_as_fast() -> None:
+    assert placed(asking([replica("p0")], [BUSY], d0=600, p0=600)).ask is None
+    assert placed(asking([replica("p0")], [BUSY], d0=600, p0=590)).ask is None, "10 tokens are read in 0.01 s"
+    assert placed(asking([replica("p0")], [BUSY], d0=60)).ask is None, "60 tokens are read in 0.06 s"
+    assert placed(asking([replica("p0")], [BUSY])).ask is None
+
+
+def test_who_has_most_cached_is_asked_also_when_another_one_answers() -> None:
+    holder = replica("d1", in_flight_requests=20, in_flight_tokens=9_000, slot_s=50.0)
+    placement = placed(asking([replica("p0")], [BUSY, holder, replica("d2", in_flight_requests=5)], d1=900, d2=100))
+    assert (placement.prefill, placement.ask) == ("p0", "d1")
+    assert placement.decode != "d1"
+
+
+def test_of_a_prompt_that_is_cached_whole_the_last_block_is_not_asked_for() -> None:
+    snapshot = asking([replica("p0")], [BUSY], d0=1000)
+    assert snapshot.askable_tokens("d0", 1000) == 990
+    assert snapshot.askable_tokens("d0", 1005) == 1000
+    assert snapshot.askable_tokens(None, 1000) == 0
+
+
+def test_prefill_without_the_prompt_that_can_ask_may_beat_the_one_that_has_it() -> None:
+    holder = replica("p0", read_until_s=0.5, in_flight_requests=1)
+    far = asking([holder, replica("p1")], [BUSY], p0=800, d0=800)
+    assert (placed(far).prefill, placed(far).ask) == ("p1", "d0")
+    assert placed(replace(far, can_ask=False)).prefill == "p0"
+
+
 def test_its_parts_can_be_left_out() -> None:
     snapshot = cluster([replica("p0"), replica("p1")], [replica("d0")], p1=900)
     assert placed(snapshot, policy=Joint(conditional_split=False)).prefill == "p1"
@@ -133,12 +183,19 @@ pools = st.lists(
 )  # fmt: skip
 
 
-@given(pools, pools, st.dictionaries(st.sampled_from(["p0", "p3", "d0", "d7"]), st.integers(0, 1000)), numbers)
+@given(
+    pools,
+    pools,
+    st.dictionaries(st.sampled_from(["p0", "p3", "d0", "d7"]), st.integers(0, 100).map(lambda n: n * BLOCK)),
+    numbers,
+    st.booleans(),
+)
 def test_a_placement_is_among_the_pools_and_comes_out_the_same_again(
     prefill: list[tuple[int, int, float, float]],
     decode: list[tuple[int, int, float, float]],
     cached: dict[str, int],
     seed: int,
+    can_ask: bool,
 ) -> None:
     def views(name: str, rows: list[tuple[int, int, float, float]]) -> list[ReplicaView]:
         return [
@@ -146,8 +203,9 @@ def test_a_placement_is_among_the_pools_and_comes_out_the_same_again(
             for n, (a, b, c, d) in enumerate(rows)
         ]
 
-    snapshot = cluster(views("p", prefill), views("d", decode), **cached)
+    snapshot = replace(cluster(views("p", prefill), views("d", decode), **cached), can_ask=can_ask)
     placement = placed(snapshot, seed=seed)
+    assert placement.ask is None or (can_ask and placement.prefill and snapshot.cached(placement.ask))
     assert placement.decode in {view.replica_id for view in snapshot.decode}
     assert placement.prefill in {None, *(view.replica_id for view in snapshot.prefill)}
     kept = msgspec.json.decode(msgspec.json.encode(snapshot), type=ClusterSnapshot)
