@@ -631,6 +631,7 @@ def replay(
     rates: Annotated[str, typer.Option(help="Trajectories per second to compare at instead; no goodput then.")] = "",
     of_bound: Annotated[str, typer.Option(help="The same, as shares of the oracle's bound.")] = "",
     turns: Annotated[int | None, typer.Option(min=10, help="Turns of the measured cohort, about.")] = None,
+    reverse: Annotated[bool, typer.Option("--reverse", help="Prefill may fetch from decode (docs/adr/0017).")] = False,
     model: Annotated[str, typer.Option(help="GPU and model (engine/roofline.py).")] = "qwen3-coder-30b-a3b-fp8-h100",
     shards: Annotated[int, typer.Option(min=1, help="Processes; each takes a core.")] = 2,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything that was measured here.")] = None,
@@ -671,6 +672,7 @@ def replay(
         _reals(rates, "--rates"),
         _reals(of_bound, "--of-bound"),
         shards,
+        reverse,
     )
 
     def save(report: ReplayReport) -> None:

@@ -147,6 +147,7 @@ class Replay:
                 max_in_flight_requests=MAX_IN_FLIGHT,
                 warm_up_sampling=b"warm-up",
                 has_prefill_pool=plan.shape.prefill > 0,
+                can_ask=plan.reverse,
                 admission=AdmissionConfig(ttft_deadline_s=LONGEST_WAIT_S),
                 rank_ms=first_come if plan.policy == WITHOUT_ORDER else rank_ms,
             ),
@@ -367,6 +368,7 @@ class Replay:
             prefill_s(self._limits, turn.num_prompt_tokens, 0),
             num_refusals,
             one.failed,
+            outcome.kv_bytes_asked,
         )
         self._turns.append(result)
         text.answered(index, prompt, one.answer)

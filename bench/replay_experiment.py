@@ -19,7 +19,8 @@ class Experiment:
         self._plan = plan
         self._say = say
         self._save = save
-        self._runs = plans(plan.traces, plan.policies, plan.shapes, plan.seeds, plan.model, plan.turns)
+        runs = plans(plan.traces, plan.policies, plan.shapes, plan.seeds, plan.model, plan.turns)
+        self._runs = [replace(one, reverse=plan.reverse) for one in runs]
         self.report = ReplayReport(False, plan, setting, tuple(self._trace(path) for path in plan.traces))
 
     def run(self) -> None:

@@ -53,7 +53,7 @@ class RunPlan:
     `num_trajectories` after `warm_up_s`, and no more arrive after it. The turns that are measured, of whatever
     trajectory, begin between the end of the warm-up and the cohort's last arrival. Pauses are cut at `max_pause_s`.
     `load` is the rate over another one, which the report names. Without `drains` the run ends when the measured turns
-    have, and says nothing of trajectories."""
+    have, and says nothing of trajectories. With `reverse` prefill may fetch from decode (docs/adr/0017)."""
 
     trace: str
     policy: str
@@ -69,6 +69,7 @@ class RunPlan:
     max_leap_steps: int = 64
     load: float = math.nan
     drains: bool = True
+    reverse: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,7 @@ class TurnResult:
     cold_s: float
     num_refusals: int
     failed: bool = False
+    kv_bytes_asked: int = 0
 
     @property
     def tpot_s(self) -> float:
@@ -115,7 +117,8 @@ class TrajectoryResult:
 class RunFigures:
     """One run's figures. `slo_share` is of the measured turns, and no refusal or failure keeps it. GPU-seconds are of
     the measured window, as a share of it in `*_busy`. `slowdown` is each root session's time without pauses over the
-    oracle's. `kv_moved_bytes` travelled from prefill to decode."""
+    oracle's. `kv_moved_bytes` travelled from prefill to decode, `kv_asked_bytes` from decode to prefill, for
+    `num_asked_turns`."""
 
     plan: RunPlan
     num_turns: int
@@ -145,6 +148,8 @@ class RunFigures:
     prefill_busy: float
     decode_busy: float
     cpu_s: float
+    kv_asked_bytes: int = 0
+    num_asked_turns: int = 0
 
     @property
     def keeps_slo(self) -> bool:
@@ -194,6 +199,8 @@ def figures(
         prefill_busy=gpu_s[0] / (window_s * shape.prefill) if shape.prefill and window_s else 0.0,
         decode_busy=gpu_s[1] / (window_s * shape.decode) if window_s else 0.0,
         cpu_s=cpu_s,
+        kv_asked_bytes=sum(turn.kv_bytes_asked for turn in turns),
+        num_asked_turns=sum(turn.kv_bytes_asked > 0 for turn in turns),
     )
 
 

@@ -37,7 +37,8 @@ class TraceFigures:
 @dataclass(frozen=True)
 class ReplayPlan:
     """What is replayed. `loads` are shares of the best other policy's goodput. `rates_per_s`, trajectories per
-    second, and `shares_of_bound` stand in their place: with either there is no search for the goodput."""
+    second, and `shares_of_bound` stand in their place: with either there is no search for the goodput. `reverse`:
+    prefill may fetch from decode (docs/adr/0017)."""
 
     traces: tuple[str, ...]
     policies: tuple[str, ...]
@@ -49,6 +50,7 @@ class ReplayPlan:
     rates_per_s: tuple[float, ...]
     shares_of_bound: tuple[float, ...]
     shards: int
+    reverse: bool = False
 
     @property
     def searches(self) -> bool:
@@ -224,6 +226,10 @@ TIMES: Mapping[str, Column] = {
 RESOURCES: Mapping[str, Column] = {
     "cached\nof at most": ((lambda run: run.hit_rate, ".1%"), (lambda run: run.hit_rate_ceiling, ".1%")),
     "KV moved\nTB": ((lambda run: run.kv_moved_bytes / 1e12, ".2f"),),
+    "from decode\nTB/turns": (
+        (lambda run: run.kv_asked_bytes / 1e12, ".2f"),
+        (lambda run: run.num_asked_turns, ",.0f"),
+    ),
     "GPUs busy\nP/D": ((lambda run: run.prefill_busy, ".0%"), (lambda run: run.decode_busy, ".0%")),
     "GPU seconds\nP/D": ((lambda run: run.prefill_gpu_s, ",.0f"), (lambda run: run.decode_gpu_s, ",.0f")),
     "refused": ((lambda run: run.num_refusals, ".0f"),),

@@ -75,11 +75,16 @@ def run(plan: SoakPlan, took: Callable[[WorldResult], None]) -> None:
                 process.join()
 
 
+def world_plan(requests: int, seed: int) -> WorldPlan:
+    """In every second world decode is asked for what it has cached."""
+    return WorldPlan(requests, asks=seed % 2 == 1)
+
+
 def _work(worlds: Sequence[tuple[int, int]], results: "Queue[WorldResult]") -> None:
     # The parent is interrupted too, and ends this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for seed, requests in worlds:
-        results.put(simulate(WorldPlan(requests), seed))
+        results.put(simulate(world_plan(requests, seed), seed))
 
 
 class Progress:

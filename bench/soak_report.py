@@ -185,6 +185,7 @@ def table(report: SoakReport) -> Table:
         ("served without prefill, for there was none", f"{counts.degraded:,}"),
         ("told to come back later, for there was no decode", f"{counts.turned_away:,}"),
         ("streams that a hanging gateway did not read", f"{counts.unread:,}"),
+        ("fetched from decode what it was asked for", f"{counts.asked:,}"),
         ("hand-offs whose lease had to end", f"{counts.leases_ended:,}"),
         ("virtual time", f"{counts.virtual_s / 3600:,.1f} h"),
         ("CPU time; requests per CPU second", f"{counts.cpu_s:,.0f} s; {_share(counts.requests, counts.cpu_s):,.0f}"),

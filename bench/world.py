@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextvars import Context
 from dataclasses import dataclass, field
 
+from bench.asking import asks_when_it_can
 from bench.network import Network, Node, SimulatedTransport
 from bench.process import Process
 from decode.worker import DecodeWorker
@@ -85,6 +86,8 @@ class WorldPlan:
     leaving_share: float = 0.04
     kinds: frozenset[str] | None = None
     """Which faults there are (`bench.world_faults.Kind`); None: all."""
+    asks: bool = False
+    """Whether decode is asked for what it has cached (docs/adr/0017)."""
 
 
 @dataclass
@@ -95,7 +98,7 @@ class Counts:
     because there was none. `turned_away` counts the answers 503 with Retry-After while there was no decode replica:
     the client asks again, and only what is taken is among `requests`. `unread` are report streams that workers ended
     because a gateway that hung did not read them. `leases_ended` are hand-offs whose blocks came back only when their
-    lease ended."""
+    lease ended. `asked` are requests whose prefill has fetched from decode."""
 
     requests: int = 0
     answered: int = 0
@@ -118,6 +121,7 @@ class Counts:
     hung: int = 0
     left_behind: int = 0
     leases_ended: int = 0
+    asked: int = 0
     virtual_s: float = 0.0
     cpu_s: float = 0.0
     faults: dict[str, int] = field(default_factory=dict[str, int])
@@ -198,13 +202,14 @@ class Gateway:
         draw = random.Random(f"{world.seed}:{gateway_id}")
         self.orchestrator = Orchestrator(
             self.transport,
-            least_tokens,
+            asks_when_it_can if world.plan.asks else least_tokens,
             ReceiptStore(RECEIPTS),
             OrchestratorConfig(
                 handoff_timeout_s=20.0,
                 max_in_flight_requests=100_000,
                 warm_up_sampling=b"warm-up",
                 has_prefill_pool=True,
+                can_ask=world.plan.asks,
                 report_timeout_s=5.0,
                 engine_timeout_s=20.0,
                 recovery_timeout_s=120.0,
@@ -363,8 +368,10 @@ class World:
         hit: dict[Ask, None] = {}
         for ask, sequence in self.sequences():
             state = sequence.state
-            holds = state.prefill in ids and (state.stage is Stage.PREFILLING or state.handoff is not None)
-            if (state.decode in ids or holds) and gateway in (None, ask.gateway):
+            reads = state.stage in (Stage.ASKING, Stage.PREFILLING)
+            holds = state.prefill in ids and (reads or state.handoff is not None)
+            is_asked = state.ask in ids and (state.stage is Stage.ASKING or state.source is not None)
+            if (state.decode in ids or holds or is_asked) and gateway in (None, ask.gateway):
                 hit[ask] = None
         self.begins(kind, [node.replica_id for node in nodes], list(hit))
 
@@ -557,6 +564,7 @@ class World:
         counts.hit += ask.is_hit
         counts.touched += bool(kinds) or ask.is_hit
         counts.degraded += ask.is_degraded
+        counts.asked += bool(outcome and outcome.kv_blocks_asked)
         if ask.is_degraded and not self._is_outage(ask.gateway, Phase.PREFILL, ask.asked_s):
             self.problem("wrong", f"{ask.request_id} was served degraded although there were prefill replicas")
         self.log(ask.request_id, status, num_deltas, kinds)

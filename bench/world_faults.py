@@ -61,6 +61,10 @@ class Kind(StrEnum):
     PREFILL_ENGINE_HANGS = "prefill engine hangs"
     DECODE_ENGINE_HANGS = "decode engine hangs"
     PULL_FAILS = "pull fails"
+    ASKED_DIES = "decode dies while it is asked"
+    ASKED_DIES_HOLDING = "decode dies before prefill has fetched what it was asked for"
+    PREFILL_DIES_FETCHING = "prefill dies while it fetches or reads"
+    ASK_PULL_FAILS = "pull from decode fails"
     LINK_BREAKS = "link breaks"
     EVENTS_LOST = "cache events are lost"
     GATEWAY_DIES = "gateway dies"
@@ -87,6 +91,10 @@ WEIGHTS = {
     Kind.PREFILL_ENGINE_HANGS: 1,
     Kind.DECODE_ENGINE_HANGS: 2,
     Kind.PULL_FAILS: 2,
+    Kind.ASKED_DIES: 3,
+    Kind.ASKED_DIES_HOLDING: 3,
+    Kind.PREFILL_DIES_FETCHING: 2,
+    Kind.ASK_PULL_FAILS: 2,
     Kind.LINK_BREAKS: 3,
     Kind.EVENTS_LOST: 1,
     Kind.GATEWAY_DIES: 1,
@@ -99,6 +107,9 @@ WEIGHTS = {
     Kind.PREFILL_POOL_HANGS: 1,
     Kind.DECODE_POOL_HANGS: 1,
 }
+
+OF_ASKS = frozenset({Kind.ASKED_DIES, Kind.ASKED_DIES_HOLDING, Kind.PREFILL_DIES_FETCHING, Kind.ASK_PULL_FAILS})
+"""Only in worlds where decode is asked."""
 
 StateOf = Callable[[SequenceState], str | None]
 """The replica that a sequence makes a target of, if it is in the state in question."""
@@ -124,12 +135,27 @@ def _writing(state: SequenceState) -> str | None:
     return state.decode if state.stage is Stage.DECODING and state.has_written and state.handoff is None else None
 
 
+def _asked(state: SequenceState) -> str | None:
+    return state.ask if state.stage is Stage.ASKING else None
+
+
+def _source(state: SequenceState) -> str | None:
+    return state.source.source_replica if state.source is not None else None
+
+
+def _fetching_source(state: SequenceState) -> str | None:
+    return state.prefill if state.source is not None else None
+
+
 STATES: dict[Kind, StateOf] = {
     Kind.PREFILL_DIES_READING: _reading,
     Kind.PREFILL_DIES_HOLDING: _holding,
     Kind.DECODE_DIES_WAITING: _waiting,
     Kind.DECODE_DIES_PULLING: _pulling,
     Kind.DECODE_DIES_WRITING: _writing,
+    Kind.ASKED_DIES: _asked,
+    Kind.ASKED_DIES_HOLDING: _source,
+    Kind.PREFILL_DIES_FETCHING: _fetching_source,
 }
 
 
@@ -140,7 +166,8 @@ class Faults:
         self._world = world
         self._draw = draw
         wanted = world.plan.kinds
-        self._kinds = [kind for kind in Kind if wanted is None or kind in wanted]
+        there = [kind for kind in Kind if world.plan.asks or kind not in OF_ASKS]
+        self._kinds = [kind for kind in there if wanted is None or kind in wanted]
         self._deck = list(self._kinds)
         self._draw.shuffle(self._deck)
 
@@ -191,7 +218,9 @@ class Faults:
                 await asyncio.sleep(draw.uniform(*ENGINE_HANGS_S))
                 node.engine.go_on()
             case Kind.PULL_FAILS:
-                await self._pull_fails(kind)
+                await self._pull_fails(kind, _holding)
+            case Kind.ASK_PULL_FAILS:
+                await self._pull_fails(kind, _source)
             case Kind.LINK_BREAKS:
                 gateway, node = draw.choice(world.gateways), draw.choice(world.nodes)
                 world.hits(kind, [node], gateway)
@@ -293,13 +322,13 @@ class Faults:
             world.problem("left_behind", f"{node.replica_id} has drained and still has {node.engine.load}")
         await world.ends(node)
 
-    async def _pull_fails(self, kind: Kind) -> None:
-        """A prefill engine forgets a hand-off that is being fetched."""
+    async def _pull_fails(self, kind: Kind, holding: StateOf) -> None:
+        """An engine forgets a hand-off that is being fetched."""
         world = self._world
-        if (node := await self._found(_holding)) is None:
+        if (node := await self._found(holding)) is None:
             return
         for ask, sequence in world.sequences():
-            handoff = sequence.state.handoff
+            handoff = sequence.state.handoff if holding is _holding else sequence.state.source
             if handoff and handoff.source_replica == node.replica_id and node.engine.keeps(handoff):
                 world.begins(kind, [node.replica_id, ask.request_id], [ask])
                 node.engine.unpin(handoff)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from bench.soak import run, simulate
+from bench.soak import run, simulate, world_plan
 from bench.soak_report import SoakPlan, total
 from bench.world import Counts, WorldPlan, WorldResult
 from bench.world_faults import Kind
@@ -42,7 +42,7 @@ HARMLESS = frozenset({Kind.PREFILL_DIES_IDLE, Kind.DECODE_DIES_NEW, Kind.EVENTS_
 
 @cache
 def world(seed: int) -> WorldResult:
-    return simulate(PLAN, seed)
+    return simulate(world_plan(PLAN.requests, seed), seed)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -63,10 +63,13 @@ def test_the_worlds_are_what_they_are_said_to_be() -> None:
     assert counts.degraded > 0
     assert counts.turned_away > 0
     assert counts.unread > 0
+    assert counts.asked > 0
     assert counts.fault_kinds.keys() >= {
         "decode_lost_before_token",
         "decode_lost_mid_stream",
         "prefill_lost",
+        "ask_lost",
+        "ask_pull_failed",
         "pull_failed",
     }
 
@@ -280,7 +283,7 @@ def test_worlds_are_the_same_in_whichever_process_they_run() -> None:
     results: list[WorldResult] = []
     run(plan, results.append)
     assert {(result.seed, result.digest) for result in results} == {
-        (seed, simulate(WorldPlan(requests), seed).digest) for seed, requests in plan.worlds()
+        (seed, simulate(world_plan(requests, seed), seed).digest) for seed, requests in plan.worlds()
     }
 
 
