@@ -141,7 +141,7 @@ class OrchestratorConfig:
     warm_up_sampling: bytes
     has_prefill_pool: bool = False
     can_ask: bool = False
-    ask_timeout_s: float = 5.0
+    ask_timeout_s: float = 2.0
     report_timeout_s: float = 5.0
     engine_timeout_s: float = 20.0
     recovery_timeout_s: float = 120.0

@@ -119,7 +119,7 @@ class HandoffSettings(Section):
     ucx_tls: str | None = Field(default=None, description="UCX transports; default: UCX decides")
     reverse: bool = Field(default=False, description="prefill may fetch from decode what a session has cached there")
     ask_timeout_s: PositiveFloat = Field(
-        default=5.0, description="longest wait for decode to hand over what it has cached; then prefill reads it"
+        default=2.0, description="longest wait for decode to hand over what it has cached; then prefill reads it"
     )
     timeout_s: PositiveFloat = Field(
         default=60.0, description="longest prefill before it is given up: another replica, then decode"

@@ -4,12 +4,13 @@ import asyncio
 import contextlib
 import itertools
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from vllm.sampling_params import SamplingParams
 
+from bench.asking import asks_when_it_can
 from decode.worker import DecodeWorker
 from engine.protocol import Engine, EngineInfo, FinishReason, Phase, TokenDelta
 from engine.vllm_codec import SamplingPayload, decode_logprobs, encode_sampling, is_resumable
@@ -61,8 +62,9 @@ class Answer:
 
 
 class LocalCluster:
-    def __init__(self, engines: Mapping[str, Engine], phases: Mapping[str, Phase]):
+    def __init__(self, engines: Mapping[str, Engine], phases: Mapping[str, Phase], reverse: bool = False):
         self.engines = dict(engines)
+        self._reverse = reverse
         self.phases = dict(phases)
         self._ids = itertools.count()
         self._answers: dict[str, tuple[Answer, asyncio.Future[None]]] = {}
@@ -72,7 +74,10 @@ class LocalCluster:
         self.transport = InProcessTransport("test-gateway", list(self.workers.values()))
         warm_up = encode_sampling(SamplingPayload(SamplingParams(max_tokens=1, temperature=0.0)))
         self.orchestrator = Orchestrator(
-            self.transport, least_tokens, ReceiptStore(1000), OrchestratorConfig(60.0, 1000, warm_up)
+            self.transport,
+            asks_when_it_can if self._reverse else least_tokens,
+            ReceiptStore(1000),
+            OrchestratorConfig(60.0, 1000, warm_up, can_ask=self._reverse),
         )
         expected = {phase: list(self.phases.values()).count(phase) for phase in Phase}
         self._reader = asyncio.create_task(self._read())
@@ -84,15 +89,17 @@ class LocalCluster:
         for worker in self.workers.values():
             await worker.shutdown()
 
-    async def ask(self, prompt: list[int], params: SamplingParams) -> Answer:
+    async def ask(self, prompt: list[int], params: SamplingParams, cache_salt: str | None = None) -> Answer:
         """Runs one request through the cluster and waits for its end."""
-        request_id, answer, done = self.submit(prompt, params)
+        request_id, answer, done = self.submit(prompt, params, cache_salt)
         async with asyncio.timeout(DEADLINE_S):
             await done
         answer.receipt = self.orchestrator.receipts.get(request_id)
         return answer
 
-    def submit(self, prompt: list[int], params: SamplingParams) -> tuple[str, Answer, asyncio.Future[None]]:
+    def submit(
+        self, prompt: list[int], params: SamplingParams, cache_salt: str | None = None
+    ) -> tuple[str, Answer, asyncio.Future[None]]:
         request_id = f"request-{next(self._ids)}"
         answer, done = Answer(), asyncio.get_running_loop().create_future()
         self._answers[request_id] = answer, done
@@ -103,6 +110,7 @@ class LocalCluster:
                 prompt,
                 params.max_tokens,
                 encode_sampling(SamplingPayload(params)),
+                cache_salt=cache_salt,
                 needs_whole_prompt=params.prompt_logprobs is not None,
                 resumable=is_resumable(params),
             ),
@@ -159,8 +167,11 @@ class LocalCluster:
 
 
 @contextlib.asynccontextmanager
-async def local_cluster(prefill: int, decode: int, **engine_args: Any) -> AsyncIterator[LocalCluster]:
-    """Starts `prefill` + `decode` engines on this machine's two cores: prefill on core 0, decode on core 1."""
+async def local_cluster(
+    prefill: int, decode: int, *, reverse: bool = False, **engine_args: Any
+) -> AsyncIterator[LocalCluster]:
+    """Starts `prefill` + `decode` engines on this machine's two cores: prefill on core 0, decode on core 1. With
+    `reverse` they hand over in both directions, and decode is asked whenever it has more cached."""
     phases = {f"prefill-{i}": Phase.PREFILL for i in range(prefill)}
     phases |= {f"decode-{i}": Phase.DECODE for i in range(decode)}
     engines: dict[str, VllmEngine] = {}
@@ -168,12 +179,13 @@ async def local_cluster(prefill: int, decode: int, **engine_args: Any) -> AsyncI
         for replica_id, phase in phases.items():
             role = phase if prefill else None
             core = 0 if phase is Phase.PREFILL else 1
-            engines[replica_id] = await VllmEngine.start(engine_config(replica_id, role, core, **engine_args))
+            config = replace(engine_config(replica_id, role, core, **engine_args), reverse=reverse)
+            engines[replica_id] = await VllmEngine.start(config)
     except BaseException:
         for engine in engines.values():
             await engine.shutdown()
         raise
-    cluster = LocalCluster(engines, phases)
+    cluster = LocalCluster(engines, phases, reverse)
     try:
         await cluster.start()
         yield cluster

@@ -9,8 +9,9 @@ import pytest
 from typer.testing import CliRunner
 
 from bench.__main__ import app
+from bench.asking import asks_when_it_can
 from bench.oracle import Limits, session_spans, turn_s
-from bench.replay import Replay, run
+from bench.replay import REPLAYED, Replay, run
 from bench.replay_plan import RunFigures, RunPlan, ServiceLevel, Shape, TurnResult, figures
 from bench.replay_search import Goodput, bound_per_s, fitted, search
 from bench.replay_text import SessionText, Texts
@@ -228,3 +229,15 @@ def test_a_file_that_is_no_trace_is_refused(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["replay", str(tmp_path)])
     assert result.exit_code == 2
     assert "a JSON object is needed" in result.output
+
+
+def test_prefill_fetches_from_decode_only_where_the_plan_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trace = fitted(str(folder), MODEL)
+    # These sessions are too short to pay for it by themselves.
+    monkeypatch.setitem(REPLAYED, "asks", asks_when_it_can)
+    usual = plan(folder, shape=Shape(2, 2), policy="asks")
+    without, reverse = run(usual, trace), run(dataclasses.replace(usual, reverse=True), trace)
+    assert (without.num_asked_turns, without.kv_asked_bytes) == (0, 0)
+    assert reverse.num_asked_turns > 0
+    assert reverse.kv_asked_bytes >= reverse.num_asked_turns * ROOFLINES[MODEL].kv_block_bytes
+    assert (reverse.num_failed, reverse.num_refusals) == (0, 0)
