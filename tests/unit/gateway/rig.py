@@ -60,6 +60,7 @@ class Tapped(InProcessTransport):
         super().__init__("gateway", workers)
         self.submitted: list[tuple[str, float, EngineRequest]] = []
         self.released: list[KVHandoff] = []
+        self.released_through: list[str] = []
         self.before_submit: dict[str, asyncio.Event] = {}
         self.after_submit: dict[str, asyncio.Event] = {}
         self._hung: dict[str, asyncio.Event] = {}
@@ -96,6 +97,7 @@ class Tapped(InProcessTransport):
 
     async def release(self, replica_id: str, request_id: str, handoff: KVHandoff) -> None:
         self.released.append(handoff)
+        self.released_through.append(replica_id)
         await super().release(replica_id, request_id, handoff)
 
     def sent_to(self, replica_id: str, request_id: str) -> list[EngineRequest]:

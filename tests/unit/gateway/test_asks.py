@@ -9,7 +9,8 @@ import pytest
 
 from bench.asking import asks_when_it_can
 from engine.protocol import FinishReason, Phase
-from gateway.lifecycle import Stage
+from gateway.lifecycle import AskFinished, Event, Stage
+from gateway.orchestrator import Sequence
 from gateway.routing.policies import place
 from gateway.routing.receipts import Receipt
 from gateway.routing.types import ClusterSnapshot, Placement, RequestView
@@ -101,6 +102,22 @@ def test_nobody_is_asked_where_it_is_not_allowed() -> None:
     simulate(main)
 
 
+@pytest.mark.parametrize("can_ask", [True, False])
+def test_pairs_are_warmed_in_both_directions_where_decode_can_be_asked(can_ask: bool) -> None:
+    async def main() -> None:
+        async with Rig(2, 2, can_ask=can_ask) as rig:
+            fetches = {
+                (target, request.handoff.source_replica)
+                for target, _, request in rig.transport.submitted
+                if request.handoff is not None
+            }
+            forth = {(f"decode-{d}", f"prefill-{p}") for d in range(2) for p in range(2)}
+            back = {(prefill, decode) for decode, prefill in forth}
+            assert fetches == (forth | back if can_ask else forth)
+
+    simulate(main)
+
+
 def test_the_whole_prompt_is_never_asked_for() -> None:
     async def main() -> None:
         async with asking_rig() as rig:
@@ -183,6 +200,8 @@ def test_what_a_prefill_replica_that_died_was_to_fetch_is_given_back_through_ano
             rig.engines[receipt.placement.prefill or ""].die()
             await ends_whole(rig, request_id, prompt, "prefill_lost")
             assert rig.transport.released.count(read.handoff) == 1
+            through = rig.transport.released_through[rig.transport.released.index(read.handoff)]
+            assert through in {"prefill-0", "prefill-1"} - {receipt.placement.prefill}
             sources = [r.handoff for _, _, r in rig.transport.submitted if r.phase is Phase.PREFILL and r.handoff]
             assert sources.count(read.handoff) == 1, "I1: the next placement does not use it again"
 
@@ -201,15 +220,43 @@ def test_a_client_that_leaves_meanwhile_leaves_nothing_behind(stage: Stage) -> N
     simulate(main)
 
 
+def test_a_source_that_comes_after_its_client_has_left_is_given_back() -> None:
+    async def main() -> None:
+        async with asking_rig() as rig:
+            gates = {name: asyncio.Event() for name in ("decode-0", "decode-1")}
+            answer, _ = await rig.ask(PROMPT, ANSWER_TOKENS)
+            await rig.loads_are_told()
+            # The call that brings what is asked has not ended, so it cannot be aborted yet.
+            rig.transport.after_submit.update(gates)
+            request_id = rig.add([*PROMPT, *answer.token_ids, *NEW_TOKENS])
+            ask = rig.receipt(request_id).placement.ask or ""
+            await until(lambda: rig.workers[ask].num_requests, "it to reach the worker")
+            rig.orchestrator.abort([request_id])
+            num_released = len(rig.transport.released)
+            await until(lambda: len(rig.transport.released) > num_released, "the source to be given back")
+            assert rig.transport.released[-1].source_replica == ask
+            assert rig.transport.released_through[-1].startswith("prefill")
+            for gate in gates.values():
+                gate.set()
+
+    simulate(main)
+
+
 def test_a_client_that_leaves_before_the_source_was_sent_leaves_nothing_behind() -> None:
     async def main() -> None:
         async with asking_rig() as rig:
-            request_id, _, _ = await until_second_turn(rig, Stage.ASKING)
-            sequence = rig.orchestrator._sequences[request_id]
-            while sequence.state.stage is Stage.ASKING:
-                await asyncio.sleep(0)
-                if sequence.state.stage is Stage.ASKING:
-                    await asyncio.sleep(0.001)
-            rig.orchestrator.abort([request_id])
+            request_id, receipt, _ = await until_second_turn(rig, Stage.ASKING)
+            num_released, advance = len(rig.transport.released), rig.orchestrator._advance
+
+            def leaves_at_once(sequence: Sequence, event: Event) -> None:
+                advance(sequence, event)
+                if isinstance(event, AskFinished):
+                    rig.orchestrator.abort([request_id])
+
+            rig.orchestrator._advance = leaves_at_once  # type: ignore[method-assign]
+            await until(lambda: rig.orchestrator.num_in_flight == 0, "its end")
+            await until(lambda: len(rig.transport.released) > num_released, "the source to be given back")
+            assert rig.transport.sent_to(receipt.placement.prefill or "", request_id) == []
+            assert rig.transport.released[-1].source_replica == receipt.placement.ask
 
     simulate(main)
