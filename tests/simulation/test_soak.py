@@ -19,7 +19,7 @@ from bench.soak import run, simulate, world_plan
 from bench.soak_report import SoakPlan, total
 from bench.world import Counts, WorldPlan, WorldResult
 from bench.world_faults import Kind
-from engine.protocol import BlockChanges, FinishReason
+from engine.protocol import BlockChanges, FinishReason, KVHandoff, Phase
 from engine.reports import Outbox
 from engine.simulated_blocks import BlockPool
 from engine.worker import Worker
@@ -35,6 +35,7 @@ SMALL = WorldPlan(300, sessions=60)
 LOUD = frozenset(
     {Kind.PREFILL_DIES_READING, Kind.PREFILL_DIES_HOLDING, Kind.DECODE_DIES_WAITING, Kind.DECODE_DIES_PULLING}
 )
+LOUD_TO_ASKS = frozenset({Kind.ASKED_DIES, Kind.ASKED_DIES_HOLDING, Kind.PREFILL_DIES_FETCHING})
 """The loss is known to be a death at once: nobody has to wait for the end of a lease."""
 HARMLESS = frozenset({Kind.PREFILL_DIES_IDLE, Kind.DECODE_DIES_NEW, Kind.EVENTS_LOST, Kind.GATEWAY_DIES})
 """They hit no request, or take it with them."""
@@ -83,10 +84,26 @@ def test_the_same_seed_gives_the_same_log_and_another_one_does_not() -> None:
     assert simulate(SMALL, 2).digest != one.digest
 
 
-def test_no_lease_has_to_end_where_every_loss_is_a_known_death() -> None:
-    result = simulate(replace(SMALL, kinds=LOUD), 3)
+@pytest.mark.parametrize("asks", [False, True])
+def test_no_lease_has_to_end_where_every_loss_is_a_known_death(asks: bool) -> None:
+    result = simulate(replace(SMALL, kinds=LOUD | LOUD_TO_ASKS, asks=asks), 3)
     assert (result.counts.bad, result.counts.leases_ended) == (0, 0)
     assert result.counts.met > 0
+    assert (result.counts.asked > 0) == asks
+
+
+def test_a_source_that_nobody_gives_back_waits_for_the_end_of_its_lease(monkeypatch: pytest.MonkeyPatch) -> None:
+    release = Orchestrator._release
+
+    async def not_through_prefill(
+        self: Orchestrator, handoff: KVHandoff, pool: Phase, through: str | None = None
+    ) -> None:
+        if pool is Phase.DECODE:
+            await release(self, handoff, pool, through)
+
+    monkeypatch.setattr(Orchestrator, "_release", not_through_prefill)
+    plan = replace(SMALL, kinds=frozenset({Kind.PREFILL_DIES_FETCHING}), asks=True, leaving_share=0.2)
+    seen_red(plan, SEEDS, lambda counts: counts.leases_ended)
 
 
 # -- each check can fail: the product is broken, and the world sees it
