@@ -27,7 +27,7 @@ from gateway import lifecycle, orchestrator
 from gateway.cluster import Cluster
 from gateway.membership import Membership
 from gateway.orchestrator import Orchestrator
-from gateway.routing.types import ClusterSnapshot
+from gateway.routing.types import NO_DECODE, ClusterSnapshot
 
 SEEDS = range(5)
 PLAN = WorldPlan(4_000)
@@ -288,7 +288,7 @@ def test_requests_that_a_pool_which_comes_back_does_not_take_fail(monkeypatch: p
 
 
 def test_a_refusal_that_does_not_say_when_to_come_back_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gateway.routing.policies.NO_DECODE_RETRY_AFTER_S", 0)
+    monkeypatch.setattr("gateway.routing.policies.NO_DECODE", replace(NO_DECODE, retry_after_s=0))
     seen_red(only(Kind.DECODE_POOL_DIES), SEEDS, lambda counts: counts.rejected)
 
 

@@ -664,7 +664,6 @@ def test_requests_that_only_the_simulation_refuses() -> None:
             for engine, request in (
                 (pair.decode_engine, EngineRequest(live, Phase.DECODE, prompt, 5)),
                 (pair.prefill_engine, EngineRequest(handoff.source_request_id, Phase.PREFILL, prompt, 1)),
-                (pair.prefill_engine, EngineRequest("x", Phase.PREFILL, prompt, 1, handoff=handoff)),
                 (pair.decode_engine, EngineRequest("x", Phase.DECODE, prompt[:-1], 5, handoff=handoff)),
                 (pair.decode_engine, EngineRequest("x", Phase.DECODE, [-1], 5)),
             ):

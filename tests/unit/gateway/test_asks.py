@@ -197,6 +197,7 @@ def test_what_a_prefill_replica_that_died_was_to_fetch_is_given_back_through_ano
         async with asking_rig() as rig:
             request_id, receipt, prompt = await until_second_turn(rig, Stage.PREFILLING)
             (read,) = rig.transport.sent_to(receipt.placement.prefill or "", request_id)
+            assert read.handoff is not None
             rig.engines[receipt.placement.prefill or ""].die()
             await ends_whole(rig, request_id, prompt, "prefill_lost")
             assert rig.transport.released.count(read.handoff) == 1
