@@ -91,6 +91,17 @@ def status(url: str, timeout_s: float = _READ_S) -> dict[str, Any]:
     return _get(url, "/baton/status", timeout_s)
 
 
+def policies(url: str) -> dict[str, Any]:
+    """What decides in each gateway and since when, and which gateways did not tell. Raises GatewayError."""
+    return _get(url, "/baton/policies")
+
+
+def follow(policies: dict[str, Any], policy: str, shadow_policy: str | None) -> bool:
+    """Whether every gateway, by what `policies` returned, decides by these."""
+    in_use = [(one.get("policy"), one.get("shadow_policy")) for one in policies["gateways"].values()]
+    return not policies["missing"] and set(in_use) == {(policy, shadow_policy)}
+
+
 def missing_replicas(status: dict[str, Any], expected: Mapping[str, int]) -> str:
     """What a gateway, by its `status`, lacks of pools with so many replicas each; empty if they are complete."""
     lacking: list[str] = []
