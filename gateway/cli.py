@@ -24,6 +24,7 @@ from gateway.runtime.local import base_dir
 from gateway.settings import ConfigError, Settings, load
 
 DEFAULT_URL = "http://127.0.0.1:8000"
+LOOPBACKS = ("localhost", "127.0.0.1", "::1")
 NO_SHADOW = "none"
 FOLLOW_S = 30.0
 FOLLOW_POLL_S = 0.2
@@ -133,13 +134,15 @@ def policy(
         if wanted is not None and wanted not in names:
             _fail(f"there is no policy {wanted!r}; there are {', '.join(names)}")
     try:
-        if name is None and shadow is None:
-            told = client.policies(url)
-        else:
+        told = client.policies(url)
+        if name is not None or shadow is not None:
+            # Serve has a gateway out of sight for the moment in which it follows.
+            num_gateways = len(told["gateways"])
             switched = _switch(name, shadow, url, ray_address)
-            told = client.policies(url)
             end_s = time.monotonic() + FOLLOW_S
-            while not client.follow(told, switched.policy, switched.shadow_policy):
+            while not client.follow(
+                told := client.policies(url), switched.policy, switched.shadow_policy, num_gateways
+            ):
                 if time.monotonic() > end_s:
                     _print_policies(told)
                     _fail(
@@ -147,7 +150,6 @@ def policy(
                         f"all of them do so after {FOLLOW_S:g} s; their logs say why"
                     )
                 time.sleep(FOLLOW_POLL_S)
-                told = client.policies(url)
     except (client.GatewayError, control.OrderFailed) as error:
         _fail(str(error))
     _print_policies(told)
@@ -241,11 +243,16 @@ def _switch(name: str | None, shadow: str | None, url: str, ray_address: str | N
 
         live_policies.connect(ray_address)
         return live_policies.switch(APP_NAME, order)
-    port = urlsplit(url).port or 80
-    path = RunPaths(base_dir() / str(port)).control
-    if not path.is_socket():
-        _fail(f"no `baton serve` of yours runs at port {port} of this machine; for a Ray cluster pass --ray-address")
-    return control.order(path, order)
+    address = urlsplit(url)
+    paths = RunPaths(base_dir() / str(address.port or 80))
+    if not paths.control.is_socket() or address.hostname not in (*LOOPBACKS, _host_of(paths)):
+        _fail(f"no `baton serve` of yours on this machine listens at {url}; for a Ray cluster pass --ray-address")
+    return control.order(paths.control, order)
+
+
+def _host_of(paths: RunPaths) -> str:
+    """The address that a local run was told to listen at."""
+    return Settings.model_validate_json(paths.settings.read_text()).gateway.host
 
 
 def _print_policies(told: dict[str, Any]) -> None:

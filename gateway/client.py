@@ -96,10 +96,10 @@ def policies(url: str) -> dict[str, Any]:
     return _get(url, "/baton/policies")
 
 
-def follow(policies: dict[str, Any], policy: str, shadow_policy: str | None) -> bool:
-    """Whether every gateway, by what `policies` returned, decides by these."""
+def follow(policies: dict[str, Any], policy: str, shadow_policy: str | None, num_gateways: int) -> bool:
+    """Whether so many gateways or more are there, by what `policies` returned, and all of them decide by these."""
     in_use = [(one.get("policy"), one.get("shadow_policy")) for one in policies["gateways"].values()]
-    return not policies["missing"] and set(in_use) == {(policy, shadow_policy)}
+    return not policies["missing"] and len(in_use) >= num_gateways and set(in_use) == {(policy, shadow_policy)}
 
 
 def missing_replicas(status: dict[str, Any], expected: Mapping[str, int]) -> str:
