@@ -30,7 +30,8 @@ def settings(**routing: str) -> Settings:
 
 def deployments(**routing: str) -> dict[str, Any]:
     """As Serve builds them of the application."""
-    built = build_app(app.build(settings(**routing)), name="baton", make_deployment_handle=lambda *_: None)
+    no_handle: Any = lambda *_: None  # noqa: E731
+    built = build_app(app.build(settings(**routing)), name="baton", make_deployment_handle=no_handle)
     return {deployment.name: deployment for deployment in built.deployments}
 
 
@@ -196,10 +197,10 @@ def switches(policy: str, shadow: str) -> float:
 
 def test_a_gateway_decides_by_its_user_config_and_counts_each_change_but_not_its_start() -> None:
     gateway = SimpleNamespace(_policies=None, _orchestrator=Decider())
-    reconfigure: Any = app.Gateway.func_or_class.reconfigure
+    gateways_class: Any = app.Gateway.func_or_class
     before = switches("llm-d", "none"), switches("round-robin", "dynamo")
     for user_config in ({"policy": "llm-d"}, {"policy": "round-robin", "shadow_policy": "dynamo"}):
-        asyncio.run(reconfigure(gateway, user_config))
+        asyncio.run(gateways_class.reconfigure(gateway, user_config))
     named = [(POLICIES["llm-d"], None), (POLICIES["round-robin"], POLICIES["dynamo"])]
     assert gateway._orchestrator.policies == named
     in_use: Any = gateway._policies
