@@ -1,6 +1,7 @@
 """The agents over a server that needs no engine: what they send, what they note, and what the command line refuses."""
 
 import asyncio
+import itertools
 import json
 import signal
 from collections.abc import Iterator
@@ -14,10 +15,14 @@ from typer.testing import CliRunner
 from bench import agents
 from bench.__main__ import app
 from bench.agent_asks import Agent
+from bench.agents_report import AgentsPlan
+from bench.fault_asks import Answer, Choice
 from bench.systems import StartFailed
 from gateway.runtime import processes
+from gateway.runtime.control import Switch, Switched
 from gateway.runtime.processes import HealPlan
-from tests.unit.bench.fake_server import STREAM, Body, FakeServer, http_chunk
+from tests.unit.bench.fake_server import PACE_S, STREAM, Body, FakeServer, http_chunk
+from tests.unit.bench.test_agents_report import SETTING
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
@@ -64,6 +69,60 @@ def test_an_agent_runs_its_turns_and_sends_each_the_answers_and_results_before(m
 def test_a_refused_turn_is_told_and_the_agents_last(monkeypatch: pytest.MonkeyPatch) -> None:
     turns, _ = run(FakeServer(refuse), monkeypatch)
     assert [turn.error for turn, _ in turns] == ["503: full"]
+
+
+class FakeRun:
+    """A run of Baton that switches at once, and answers every request."""
+
+    url = "http://127.0.0.1:1"
+
+    def __init__(self) -> None:
+        self.policy = "none yet"
+        self.is_started = False
+        self.asked: list[tuple[str, str]] = []
+
+    def start(self) -> None:
+        self.is_started = True
+
+    def stop(self) -> None:
+        self.is_started = False
+
+    def order(self, path: Path, switch: Switch) -> Switched:
+        assert path.parent.name == "1"
+        self.policy = str(switch.policy)
+        return Switched(self.policy, None)
+
+    def policies(self, url: str) -> dict[str, Any]:
+        return {"gateways": {"g": {"policy": self.policy, "shadow_policy": None}}, "missing": []}
+
+    async def ask(self, _http: Any, _request: Any, session: str) -> tuple[Answer, str | None, str]:
+        self.asked.append((self.policy, session))
+        await asyncio.sleep(PACE_S)
+        answer = Answer(session)
+        answer.choices[0] = Choice("well", finish_reason="stop")
+        return answer, None, ""
+
+
+def test_each_block_is_warmed_up_in_turn_and_then_decided_by_its_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = FakeRun()
+    monkeypatch.setattr("bench.agent_asks.PAUSE_S", (0.0, 0.0))
+    monkeypatch.setattr("bench.agent_asks.START_WITHIN_S", 0.0)
+    monkeypatch.setattr(agents, "order", run.order)
+    monkeypatch.setattr(agents.client, "policies", run.policies)
+    monkeypatch.setattr(agents, "_ask", run.ask)
+    plan = AgentsPlan("c", ("least-tokens", "llm-d"), agents=2, turns=(3, 3), rounds=2, seed=4)
+    experiment = agents.AgentsExperiment(plan, run, SETTING, lambda _: None)  # type: ignore[arg-type]
+    taken: list[int] = []
+    experiment.run(lambda: taken.append(len(experiment.report.blocks)))
+    assert taken == [1, 2, 3, 4]
+    assert experiment.report.complete
+    assert not run.is_started
+    blocks = [(name, policy) for name, policy in itertools.groupby(run.asked, lambda ask: (ask[0], ask[1][:7]))]
+    order = ["least-tokens", "llm-d", "llm-d", "least-tokens"]
+    assert [name for (name, _), _ in blocks] == [one for policy in order for one in ("round-robin", policy)]
+    assert [(block.policy, block.round, len(block.turns)) for block in experiment.report.blocks] == [
+        (policy, number, 6) for policy, number in zip(order, (0, 0, 1, 1), strict=True)
+    ]
 
 
 @pytest.fixture(autouse=True)
