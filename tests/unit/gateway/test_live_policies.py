@@ -155,7 +155,7 @@ def test_a_switch_keeps_the_number_of_gateways_that_serve_was_asked_for_since(mo
 
 
 def test_an_unknown_policy_is_refused_and_nothing_is_deployed(controller: Controller) -> None:
-    with pytest.raises(OrderFailed, match=r"policy: Input should be 'least-tokens', .* or"):
+    with pytest.raises(OrderFailed, match=r"policy: Input should be .*'least-tokens', .* or"):
         live_policies.switch("baton", Switch("best"))
     assert not controller.redeployed
 
