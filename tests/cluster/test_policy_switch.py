@@ -2,6 +2,8 @@
 later decide by the new one."""
 
 import itertools
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -159,6 +161,23 @@ def test_a_switch_under_load_fails_no_request_and_replaces_no_replica(
     assert [[one for one, _ in itertools.groupby(made)] for made in decided()] == [in_order, in_order]
     assert switches(url) == dict.fromkeys(before["gateway"], 2.0)
     wait_until(lambda: "policy round-robin, shadow none, as told" in run.output, run.output, DEADLINE_S)
+
+
+def test_an_application_on_a_ray_cluster_is_switched_by_the_cluster_address(run: Run, control: Control) -> None:
+    url = f"http://127.0.0.1:{run.port}"
+    before = {name: control.pids(name) for name in DEPLOYMENTS}
+    command = [sys.executable, "-m", "gateway.cli", "policy", "dynamo", "--url", url]
+    done = subprocess.run(
+        [*command, "--ray-address", control.ray_address],
+        env=control.environment,
+        cwd=CONFIGS.parent,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("dynamo") == 2
+    wait_until(lambda: {name: control.pids(name) for name in DEPLOYMENTS} == before, "the same replicas", DEADLINE_S)
 
 
 def test_a_gateway_that_starts_later_decides_by_what_was_switched_to(run: Run, control: Control) -> None:
