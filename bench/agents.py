@@ -11,7 +11,7 @@ import msgspec
 
 from bench import cpu
 from bench.agent_asks import CHAT, SESSION_HEADER, Agent, ToolCall, body, shared_messages
-from bench.agents_report import AgentsPlan, AgentsReport, Block, ReceiptFacts, Turn, evaluate, predicted_tokens
+from bench.agents_report import AgentsPlan, AgentsReport, Block, ReceiptFacts, Turn, evaluate
 from bench.fault_asks import Answer, End
 from bench.results import Setting
 from bench.systems import System
@@ -162,7 +162,7 @@ async def _with_receipt(http: httpx.AsyncClient, turn: Turn, receipt_id: str | N
                 turn,
                 decided_by=receipt.policy,
                 prompt_tokens=receipt.request.num_prompt_tokens,
-                predicted_tokens=predicted_tokens(receipt),
+                predicted_tokens=receipt.predicted.cached_tokens if receipt.predicted else None,
                 reused_tokens=receipt.outcome.reused_tokens,
                 kv_blocks_moved=receipt.outcome.kv_blocks_moved,
                 is_split=receipt.placement.prefill is not None,

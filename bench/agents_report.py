@@ -40,24 +40,16 @@ class AgentsPlan:
 # -- receipts
 
 
-class ReplicaFacts(msgspec.Struct, frozen=True):
-    replica_id: str
-    cached_tokens: int = 0
-    block_size_tokens: int = 0
-
-
-class SnapshotFacts(msgspec.Struct, frozen=True):
-    prefill: tuple[ReplicaFacts, ...]
-    decode: tuple[ReplicaFacts, ...]
-
-
 class RequestFacts(msgspec.Struct, frozen=True):
     num_prompt_tokens: int
 
 
 class PlacementFacts(msgspec.Struct, frozen=True):
-    decode: str
     prefill: str | None = None
+
+
+class PredictionFacts(msgspec.Struct, frozen=True):
+    cached_tokens: int
 
 
 class OutcomeFacts(msgspec.Struct, frozen=True):
@@ -71,22 +63,9 @@ class ReceiptFacts(msgspec.Struct, frozen=True):
 
     policy: str
     request: RequestFacts
-    snapshot: SnapshotFacts
     placement: PlacementFacts
     outcome: OutcomeFacts
-
-
-def predicted_tokens(receipt: ReceiptFacts) -> int:
-    """How much of the prompt the chosen reader, the prefill replica or else the decode replica, had cached when it was
-    chosen, as far as an engine uses it: it computes the last token in any case, and reuses whole blocks."""
-    placement, snapshot = receipt.placement, receipt.snapshot
-    pool, reader = snapshot.prefill, placement.prefill
-    if reader is None:
-        pool, reader = snapshot.decode, placement.decode
-    view = next(view for view in pool if view.replica_id == reader)
-    block_size_tokens = max(view.block_size_tokens, 1)
-    usable = (receipt.request.num_prompt_tokens - 1) // block_size_tokens * block_size_tokens
-    return min(view.cached_tokens, usable)
+    predicted: PredictionFacts | None = None
 
 
 # -- what was measured

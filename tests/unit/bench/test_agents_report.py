@@ -1,7 +1,6 @@
 """Figures of agents' turns: what a receipt predicted, the ratio of two policies in each round, what targets say."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,12 @@ from bench.agents_report import (
     ReceiptFacts,
     Turn,
     evaluate,
-    predicted_tokens,
     ratio_lines,
     table,
     write_json,
 )
 from bench.results import Setting
+from gateway.routing.predict import Prediction
 from tests.unit.gateway.test_replay import receipt as a_receipt
 
 PLAN = AgentsPlan("c.yaml", ("old", "new"), agents=2, turns=(2, 2), rounds=3, seed=0)
@@ -29,43 +28,16 @@ SETTING = Setting("now", {}, "commit", False, "cpu", 2, 24.0)
 TURN = Turn(0, 0, 1.0, 0.5, False, "", "old", 100, 64, 64, 1, True)
 
 
-def receipt(prompt_tokens: int, prefill: str | None, cached: dict[str, int]) -> ReceiptFacts:
-    views = [{"replica_id": name, "cached_tokens": tokens, "block_size_tokens": 32} for name, tokens in cached.items()]
-    told: dict[str, Any] = {
-        "policy": "old",
-        "request": {"num_prompt_tokens": prompt_tokens},
-        "snapshot": {
-            "prefill": [view for view in views if view["replica_id"].startswith("p")],
-            "decode": [view for view in views if view["replica_id"].startswith("d")],
-        },
-        "placement": {"prefill": prefill, "decode": "d1"},
-        "outcome": {"status": "finished"},
-    }
-    return msgspec.convert(told, ReceiptFacts)
-
-
-@pytest.mark.parametrize(
-    ("prompt_tokens", "prefill", "predicted"),
-    [
-        (300, "p1", 128),
-        (300, "p0", 0),
-        (300, None, 96),
-        (129, "p1", 128),  # the last token is computed in any case
-        (128, "p1", 96),
-        (1, "p1", 0),
-    ],
-)
-def test_the_prediction_is_what_the_chosen_reader_had_and_can_use(
-    prompt_tokens: int, prefill: str | None, predicted: int
-) -> None:
-    cached = {"p0": 0, "p1": 128, "d0": 512, "d1": 96}
-    assert predicted_tokens(receipt(prompt_tokens, prefill, cached)) == predicted
-
-
 def test_a_real_receipt_can_be_read() -> None:
-    facts = msgspec.json.decode(json.dumps(a_receipt().as_json()).encode(), type=ReceiptFacts)
-    assert facts.policy == a_receipt().policy
-    assert predicted_tokens(facts) >= 0
+    real = dataclasses.replace(a_receipt(), predicted=Prediction(96, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0))
+    facts = msgspec.json.decode(msgspec.json.encode(real.as_json()), type=ReceiptFacts)
+    assert (facts.policy, facts.request.num_prompt_tokens) == (real.policy, real.request.num_prompt_tokens)
+    assert (facts.placement.prefill, facts.outcome.reused_tokens) == (
+        real.placement.prefill,
+        real.outcome.reused_tokens,
+    )
+    assert facts.predicted is not None
+    assert facts.predicted.cached_tokens == 96
 
 
 def block(number: int, policy: str, *turns_s: float, **facts: Any) -> Block:
