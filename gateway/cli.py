@@ -137,14 +137,14 @@ def policy(
         if wanted is not None and wanted not in names:
             _fail(f"there is no policy {wanted!r}; there are {', '.join(names)}")
     try:
-        told = client.policies(url)
+        told = client.policies(url, _api_key())
         if name is not None or shadow is not None:
             # Serve has a gateway out of sight for the moment in which it follows.
             num_gateways = len(told["gateways"])
             switched = _switch(name, shadow, url, ray_address)
             end_s = time.monotonic() + FOLLOW_S
             while not client.follow(
-                told := client.policies(url), switched.policy, switched.shadow_policy, num_gateways
+                told := client.policies(url, _api_key()), switched.policy, switched.shadow_policy, num_gateways
             ):
                 if time.monotonic() > end_s:
                     _print_policies(told)

@@ -99,9 +99,9 @@ def status(url: str, timeout_s: float = _READ_S, api_key: str | None = None) -> 
     return _get(url, "/baton/status", api_key, timeout_s)
 
 
-def policies(url: str) -> dict[str, Any]:
+def policies(url: str, api_key: str | None = None) -> dict[str, Any]:
     """What decides in each gateway and since when, and which gateways did not tell. Raises GatewayError."""
-    return _get(url, "/baton/policies")
+    return _get(url, "/baton/policies", api_key)
 
 
 def follow(policies: dict[str, Any], policy: str, shadow_policy: str | None, num_gateways: int) -> bool:
