@@ -44,7 +44,7 @@ class _Pause:
 
 @dataclass(slots=True)
 class _Session:
-    """`num_running` of its turns have arrived and not ended. `promises`: where how many tokens are kept for its next
+    """`num_running` of its turns have arrived and not ended. `promise`: where how many tokens are kept for its next
     turn, and until when it is expected."""
 
     agent: str | None = None
@@ -62,7 +62,7 @@ class _Session:
     is_last: bool = False
     return_probability: float = 0.0
     output_tokens: float | None = None
-    promises: tuple[Promise, ...] = ()
+    promise: Promise | None = None
     promised_until_s: float = math.inf
 
 
@@ -107,8 +107,7 @@ class Sessions:
         return prompt.hashes_of(packed(token_ids), block_size_tokens, salt)
 
     def promised_tokens(self, replica_id: str) -> float:
-        """Of sessions that run or pause and whose last turn was prefilled or decoded there: the tokens that they will
-        want back, times the probability that they come back. A pause that is longer than nine in ten of its kind is
+        """Of sessions that run or pause and whose last turn was decoded there: the tokens that they will want back, times the probability that they come back. A pause that is longer than nine in ten of its kind is
         not waited for any more."""
         return self._promises.tokens(replica_id)
 
@@ -271,12 +270,10 @@ class Sessions:
         )
 
     def _promise(self, session: _Session, num_tokens: int) -> None:
-        """`num_tokens` are on the decode replica; prefill has the prompt of them."""
-        share = 0.0 if session.is_last else session.return_probability
-        kept = ((session.prefill, session.prompt.num_tokens), (session.decode, num_tokens))
-        promises = tuple(Promise(name, round(number * share)) for name, number in kept if name is not None)
-        self._promises.replace(session.promises, promises)
-        session.promises = promises
+        kept = 0 if session.is_last else round(num_tokens * session.return_probability)
+        promise = Promise(session.decode, kept) if session.decode is not None and kept else None
+        self._promises.replace(session.promise, promise)
+        session.promise = promise
 
     def _expect(self, name: str, session: _Session) -> None:
         heapq.heappush(self._due, (session.promised_until_s, name))
@@ -296,8 +293,8 @@ class Sessions:
         while self._due and self._due[0][0] <= now_s:
             _, due = heapq.heappop(self._due)
             if (late := self._sessions.get(due)) and late.promised_until_s <= now_s:
-                self._promises.replace(late.promises, ())
-                late.promises = ()
+                self._promises.replace(late.promise, None)
+                late.promise = None
         while self._sessions:
             name, session = next(iter(self._sessions.items()))
             if now_s - session.used_s <= self.pauses.idle_s:
@@ -317,7 +314,7 @@ class Sessions:
     def _forget(self, name: str, now_s: float) -> None:
         session = self._sessions.pop(name)
         self._num_tokens -= session.prompt.num_tokens
-        self._promises.replace(session.promises, ())
+        self._promises.replace(session.promise, None)
         self._set_tips(name, session, [])
         self._beginnings.replace(session.mark, [], name)
         session.member.leave()
