@@ -107,8 +107,9 @@ class Sessions:
         return prompt.hashes_of(packed(token_ids), block_size_tokens, salt)
 
     def promised_tokens(self, replica_id: str) -> float:
-        """Of sessions that run or pause and whose last turn was decoded there: the tokens that they will want back, times the probability that they come back. A pause that is longer than nine in ten of its kind is
-        not waited for any more."""
+        """Of sessions that run or pause and whose last turn was decoded there: the tokens that they will want back,
+        times the probability that they come back. A pause that is longer than nine in ten of its kind is not waited for
+        any more."""
         return self._promises.tokens(replica_id)
 
     # -- the life of a turn

@@ -190,7 +190,7 @@ class _Decision:
         if not self._policy.keeps_promised or not capacity_tokens or not view.promised_tokens:
             return 0.0
         promised = view.promised_tokens / capacity_tokens
-        lost_tokens = max(num_tokens - self._cached(view), 0.0) * min(promised, 1 / promised)
+        lost_tokens = max(num_tokens - self._cached(view), 0.0) * min(promised, capacity_tokens / view.promised_tokens)
         # Whose they are is not known: they are taken to be of prompts as long as this one.
         cost = self._snapshot.costs.decode.read
         return lost_tokens * (cost.token_s + cost.pair_s * self._request.num_prompt_tokens / 2)
