@@ -51,6 +51,7 @@ class _Session:
     is_named: bool = True
     used_s: float = 0.0
     prompt: Prompt = field(default_factory=Prompt)
+    num_prompt_tokens: int = 0
     tips: list[bytes] = field(default_factory=list[bytes])
     mark: tuple[int, int] | None = None
     member: Member = field(default_factory=Member)
@@ -75,6 +76,7 @@ class Sessions:
         self._max_tokens = max_tokens
         self._sessions: OrderedDict[str, _Session] = OrderedDict()
         self._num_tokens = 0
+        self._with_prompt: OrderedDict[str, None] = OrderedDict()
         self._tips = Tips()
         self._beginnings = Beginnings()
         self._answers = AnswerLengths()
@@ -145,6 +147,9 @@ class Sessions:
         self._end_pause(session, hints, now_s, is_again)
         self._num_tokens += len(token_ids) - session.prompt.num_tokens
         session.prompt = Prompt(tokens, hashes, block_size_tokens, salt)
+        session.num_prompt_tokens = len(token_ids)
+        self._with_prompt[name] = None
+        self._with_prompt.move_to_end(name)
         if not session.is_named:
             self._set_tips(name, session, [hashes[-1]])
             session.mark = self._beginnings.replace(session.mark, marks, name)
@@ -165,7 +170,7 @@ class Sessions:
         session.prefill = placement.prefill or session.prefill
         session.decode = placement.decode
         session.member.trajectory.num_turns += 1
-        self._promise(session, session.prompt.num_tokens)
+        self._promise(session, session.num_prompt_tokens)
         session.promised_until_s = math.inf
         self._forget_oldest()
 
@@ -178,7 +183,7 @@ class Sessions:
         self._touch(name, session, now_s)
         session.num_running = max(session.num_running - 1, 0)
         trajectory = session.member.trajectory
-        trajectory.read_tokens += session.prompt.num_tokens
+        trajectory.read_tokens += session.num_prompt_tokens
         trajectory.written_tokens += len(written)
         trajectory.attained_s += service_s
         session.output_tokens = running_mean(session.output_tokens, len(written))
@@ -193,7 +198,7 @@ class Sessions:
         session.pause = _Pause(now_s, tool or NO_TOOL, predicted)
         session.member.waits = tool is not None
         session.return_probability = predicted.return_probability
-        self._promise(session, session.prompt.num_tokens + len(written))
+        self._promise(session, session.num_prompt_tokens + len(written))
         session.promised_until_s = now_s + predicted.p90_s
         self._expect(name, session)
         if not session.is_named:
@@ -306,15 +311,27 @@ class Sessions:
                 self._forget(name, now_s)
 
     def _forget_oldest(self) -> None:
-        """The tokens of the one that is in use may be more than are allowed in all; they are kept until the next."""
-        while len(self._sessions) > self._max_sessions or (
-            self._num_tokens > self._max_tokens and len(self._sessions) > 1
-        ):
+        """Of too many sessions the oldest, of too many tokens the oldest prompts: a session that has a name goes on
+        without. The tokens of the one that is in use may be more than are allowed in all; they are kept until the next.
+        """
+        while len(self._sessions) > self._max_sessions:
             self._forget(next(iter(self._sessions)), self._now_s)
+        while self._num_tokens > self._max_tokens and len(self._with_prompt) > 1:
+            oldest = next(iter(self._with_prompt))
+            if self._sessions[oldest].is_named:
+                self._forget_prompt(oldest)
+            else:
+                self._forget(oldest, self._now_s)
+
+    def _forget_prompt(self, name: str) -> None:
+        session = self._sessions[name]
+        self._num_tokens -= session.prompt.num_tokens
+        session.prompt = Prompt()
+        self._with_prompt.pop(name, None)
 
     def _forget(self, name: str, now_s: float) -> None:
+        self._forget_prompt(name)
         session = self._sessions.pop(name)
-        self._num_tokens -= session.prompt.num_tokens
         self._promises.replace(session.promise, None)
         self._set_tips(name, session, [])
         self._beginnings.replace(session.mark, [], name)

@@ -63,7 +63,9 @@ class Machine(RuleBasedStateMachine):
         assert len(known) <= MAX_SESSIONS
         num_tokens = sum(session.prompt.num_tokens for session in known.values())
         assert num_tokens == self.sessions._num_tokens
-        assert num_tokens <= MAX_TOKENS or len(known) == 1
+        with_prompt = [name for name, session in known.items() if session.prompt.num_tokens]
+        assert num_tokens <= MAX_TOKENS or len(with_prompt) == 1
+        assert set(with_prompt) <= set(self.sessions._with_prompt) <= set(known)
         assert len(self.sessions.pauses) <= 8
 
     @invariant()
