@@ -24,6 +24,8 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from gateway.routing.costs import ReadCost
 from gateway.routing.types import (
     NO_DECODE,
@@ -40,8 +42,7 @@ CANDIDATES = 8
 """How many of a pool's least loaded replicas are scored, and how many of those that have the most cached."""
 
 
-@dataclass(frozen=True, slots=True)
-class Cost:
+class Cost(msgspec.Struct, frozen=True):
     """What one replica's part of a placement costs, in seconds. `own_s` is this request's, until its part is done;
     `others_s` the other requests', `lost_s` what has to be read again because its blocks are displaced."""
 
