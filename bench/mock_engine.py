@@ -218,7 +218,8 @@ async def serve(config: str, port: int) -> None:
     engine: SimulatedEngineConfig = engine_spec(settings, Phase.DECODE).simulated_config()
     tokenizer = Tokenizer.from_file(f"{settings.model.path}/tokenizer.json")
     texts = {token: tokenizer.decode([token]) for token in engine.token_rule.vocabulary}
-    pace = Pace(engine.latency.decode_step_s)
+    assert settings.simulation is not None, "simulated_config() has said so"
+    pace = Pace(settings.simulation.decode_step_s)
 
     def answer(prompt: list[int], num_tokens: int) -> list[int]:
         return expected_answer(engine, prompt, num_tokens)

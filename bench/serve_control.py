@@ -30,10 +30,13 @@ class ServeControl:
         }
         if len(drivers) != 1 or len(addresses) != 1:
             raise RuntimeError(f"these are not the processes of one run: {len(drivers)} drivers, Ray at {addresses}")
+        (self.ray_address,) = addresses
+        self.environment = drivers[0].environ()
+        """What a process needs to be a client of this Ray."""
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "bench.serve_control", *addresses],
+            [sys.executable, "-m", "bench.serve_control", self.ray_address],
             cwd=Path(__file__).parents[1],
-            env=drivers[0].environ(),
+            env=self.environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -11,7 +11,8 @@ It is a model and not a measurement. A step takes as long as the slower of two t
 Left out: activations, the output layer's share, sampling, communication between GPUs (a model fits one GPU here), and
 the imbalance of experts. A hand-off moves its blocks over one network port and pays a fixed time to be set up.
 
-Sources. H100 SXM: NVIDIA's data sheet (80 GB, 3.35 TB/s; 989 TFLOP/s bfloat16 and 1,979 TFLOP/s FP8, both dense).
+Sources. H100 SXM: NVIDIA's data sheet (80 GB, 3.35 TB/s; 989 TFLOP/s bfloat16 and 1,979 TFLOP/s FP8, both dense);
+H200 SXM: its own (141 GB, 4.8 TB/s, the same arithmetic).
 Models: the configurations that are published with their weights (layers, heads, experts, context). Assumed: 0.45 of
 the peak arithmetic and 0.8 of the peak bandwidth, which is what good kernels reach; 3 ms per step for everything that
 is launched and scheduled; a 400 Gbit/s port at 0.8 of its rate and 3 ms for each hand-off; 0.9 of the memory for the
@@ -134,6 +135,7 @@ class Roofline:
 
 
 H100 = Gpu("H100 SXM 80 GB", 80e9, 3.35e12, bf16_flops=989e12, fp8_flops=1979e12)
+H200 = Gpu("H200 SXM 141 GB", 141e9, 4.8e12, bf16_flops=989e12, fp8_flops=1979e12)
 QWEN3_CODER_30B_A3B_FP8 = Model(
     "Qwen3-Coder-30B-A3B FP8",
     num_layers=48,
@@ -161,6 +163,7 @@ LLAMA_3_1_8B = Model(
 
 ROOFLINES: Mapping[str, Roofline] = {
     "qwen3-coder-30b-a3b-fp8-h100": Roofline(H100, QWEN3_CODER_30B_A3B_FP8),
+    "qwen3-coder-30b-a3b-fp8-h200": Roofline(H200, QWEN3_CODER_30B_A3B_FP8),
     "llama-3.1-8b-bf16-h100": Roofline(H100, LLAMA_3_1_8B),
 }
 """By the name that the command line gives them."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from engine.termination import end_at_sigterm
 from gateway import metrics
 from gateway.agents.tenants import Tenant
 from gateway.orchestrator import Orchestrator, OrchestratorConfig
+from gateway.peers import PoliciesInUse
 from gateway.peers_ray import RayPeers
 from gateway.receipt_log import SUFFIX as RECEIPTS_SUFFIX
 from gateway.receipt_log import ReceiptLog
@@ -28,11 +30,13 @@ from gateway.routing.admission import AdmissionConfig
 from gateway.routing.policies import POLICIES
 from gateway.routing.receipts import Receipt, ReceiptStore
 from gateway.routing.types import Priority
-from gateway.settings import NO_KEY, ConfigError, PoolSettings, Settings, load
+from gateway.settings import NO_KEY, ConfigError, PolicySettings, PoolSettings, Settings, load
 from gateway.transport_ray import REQUEST_ROUTER, RayTransport
 from prefill.deployment import PrefillReplica
 
 APP_NAME = "baton"
+
+log = logging.getLogger("baton")
 
 # Gateways bound what they take themselves (gateway.max_in_flight_requests), and Serve must never hold a call back.
 MAX_ONGOING_REQUESTS = 100_000
@@ -55,6 +59,10 @@ may be incomplete for long, and gateways that wait for the missing part could no
 RUNTIME_ENV = {"env_vars": {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}}
 START_RETRIES = 1
 
+LIVE = set(PolicySettings.model_fields)
+"""What of `routing` gateways are told by Serve's `user_config`: a change of it reaches replicas as they run, where one
+of their constructor's arguments would replace them (docs/adr/0016)."""
+
 # What vLLM takes by default on a server.
 SIMULATED_MAX_NUM_SEQS = 256
 SIMULATED_MAX_NUM_BATCHED_TOKENS = 8192
@@ -75,8 +83,9 @@ def build(settings: Settings) -> serve.Application:
         graceful_shutdown_wait_loop_s=DRAIN_CHECK_S,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         max_constructor_retry_count=START_RETRIES,
+        user_config=settings.routing.model_dump(mode="json", include=LIVE),
     )
-    return gateway.bind(settings.model_dump(mode="json"), decode, prefill)
+    return gateway.bind(settings.model_dump(mode="json", exclude={"routing": LIVE}), decode, prefill)
 
 
 def from_config(args: dict[str, str]) -> serve.Application:
@@ -104,11 +113,11 @@ class Gateway:
         from engine.vllm_codec import drop_logprobs
         from gateway.api.server import make_app, warm_up_sampling
 
-        log = logging.getLogger("baton")
         log.setLevel(logging.INFO)
         for handler in logging.getLogger("ray.serve").handlers:
             log.addHandler(handler)
         self._settings = config = Settings.model_validate(settings)
+        self._policies: PoliciesInUse | None = None
         handles = {Phase.DECODE: decode} | ({Phase.PREFILL: prefill} if prefill else {})
         transport = RayTransport(f"gateway-{uuid.uuid4().hex[:8]}", handles)
         self._orchestrator = Orchestrator(
@@ -128,7 +137,6 @@ class Gateway:
                 drop_logprobs=drop_logprobs,
                 admission=AdmissionConfig(**config.admission.model_dump()),
             ),
-            shadow=POLICIES.get(config.routing.shadow_policy or ""),
             closed=self._close_receipt,
             replica_lost=metrics.count_loss,
         )
@@ -141,11 +149,28 @@ class Gateway:
         self._peers = RayPeers(context.replica_tag, serve.get_deployment_handle(context.deployment, context.app_name))
         # The application is made while the engines load.
         (self._app, self._client), _ = await asyncio.gather(
-            make_app(server_config(config), self._orchestrator, self._peers),
+            make_app(server_config(config), self._orchestrator, self._peers, self._policies_in_use),
             _meet(handles, config.runtime.start_timeout_s),
         )
         await self._orchestrator.start(FEWEST_READY, config.runtime.start_timeout_s)
         calm_garbage_collector()
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Serve's call with the `user_config`, before the replica takes its first request and at each change of it.
+
+        It runs on the loop on which placements are decided, each in one call, so that none is made by two policies.
+        """
+        wanted = PolicySettings.model_validate(user_config)
+        shadow = POLICIES[wanted.shadow_policy] if wanted.shadow_policy else None
+        self._orchestrator.use(POLICIES[wanted.policy], shadow)
+        before, self._policies = self._policies, PoliciesInUse(wanted.policy, wanted.shadow_policy, time.time())
+        if before is not None:
+            log.info("policy %s, shadow %s instead of %s", wanted.policy, wanted.shadow_policy, before)
+            metrics.count_policy_switch(wanted.policy, wanted.shadow_policy)
+
+    def _policies_in_use(self) -> PoliciesInUse:
+        assert self._policies is not None, "Serve calls `reconfigure` before it sends requests"
+        return self._policies
 
     def __serve_build_asgi_app__(self) -> Any:
         return self._app
@@ -158,6 +183,10 @@ class Gateway:
         """This replica's receipt as JSON, for another one that does not have it."""
         found = self._orchestrator.receipts.get(request_id)
         return None if asker == self._peers.own_id else (self._peers.own_id, found.as_json() if found else None)
+
+    async def peer_policies(self, asker: str) -> tuple[str, PoliciesInUse] | None:
+        """What decides in this replica, for another one that is asked for the policies of all."""
+        return None if asker == self._peers.own_id else (self._peers.own_id, self._policies_in_use())
 
     async def check_health(self) -> None:
         if self._client.errored:

@@ -1,11 +1,13 @@
-"""Owns the command line: `baton serve | ask | status | replay | key | doctor`."""
+"""Owns the command line: `baton serve | ask | status | policy | replay | key | doctor`."""
 
 import json
 import os
 import re
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
+from urllib.parse import urlsplit
 
 import msgspec
 import typer
@@ -19,9 +21,16 @@ from gateway.agents.tenants import key_sha256, new_key
 from gateway.routing.policies import POLICIES
 from gateway.routing.replay import Replay
 from gateway.routing.replay import replay as replay_all
+from gateway.runtime import control
+from gateway.runtime.environment import RunPaths
+from gateway.runtime.local import base_dir
 from gateway.settings import TENANT_NAME, ConfigError, Settings, load
 
 DEFAULT_URL = "http://127.0.0.1:8000"
+LOOPBACKS = ("localhost", "127.0.0.1", "::1")
+NO_SHADOW = "none"
+FOLLOW_S = 30.0
+FOLLOW_POLL_S = 0.2
 
 app = typer.Typer(
     name="baton",
@@ -103,7 +112,50 @@ def status(
     console.print(escape(f"{report.get('model')} at {url}: {ready}, Baton {report.get('version')}"), soft_wrap=True)
     if simulated := client.simulated_replicas(report):
         console.print(f"[bold yellow]{launcher.SIMULATED}:[/] {escape(', '.join(sorted(simulated)))}", soft_wrap=True)
+    if policies := report.get("policies"):
+        shadow = policies["shadow_policy"] or NO_SHADOW
+        console.print(escape(f"policy {policies['policy']}, shadow {shadow}"), soft_wrap=True)
     console.print(_status_table(report))
+
+
+@app.command()
+def policy(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help=f"What decides from now on: {', '.join(POLICIES)}.")
+    ] = None,
+    shadow: Annotated[
+        str | None, typer.Option(help=f"The policy that decides beside it; {NO_SHADOW}: none any more.")
+    ] = None,
+    url: UrlOption = DEFAULT_URL,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(help="The Ray cluster that runs it; default: a local run.", envvar="BATON_RUNTIME__RAY_ADDRESS"),
+    ] = None,
+) -> None:
+    """Show what decides placements, or switch it without a restart."""
+    for wanted, names in ((name, list(POLICIES)), (shadow, [*POLICIES, NO_SHADOW])):
+        if wanted is not None and wanted not in names:
+            _fail(f"there is no policy {wanted!r}; there are {', '.join(names)}")
+    try:
+        told = client.policies(url, _api_key())
+        if name is not None or shadow is not None:
+            # Serve has a gateway out of sight for the moment in which it follows.
+            num_gateways = len(told["gateways"])
+            switched = _switch(name, shadow, url, ray_address)
+            end_s = time.monotonic() + FOLLOW_S
+            while not client.follow(
+                told := client.policies(url, _api_key()), switched.policy, switched.shadow_policy, num_gateways
+            ):
+                if time.monotonic() > end_s:
+                    _print_policies(told)
+                    _fail(
+                        f"gateways were told {switched.policy}, shadow {switched.shadow_policy or NO_SHADOW}, and not "
+                        f"all of them do so after {FOLLOW_S:g} s; their logs say why"
+                    )
+                time.sleep(FOLLOW_POLL_S)
+    except (client.GatewayError, control.OrderFailed) as error:
+        _fail(str(error))
+    _print_policies(told)
 
 
 @app.command()
@@ -198,6 +250,44 @@ def _load(config: Path, overrides: dict[str, Any]) -> Settings:
 def _fail(message: str) -> NoReturn:
     typer.secho(f"baton: {message}", err=True, fg=typer.colors.RED)
     raise typer.Exit(1)
+
+
+def _switch(name: str | None, shadow: str | None, url: str, ray_address: str | None) -> control.Switched:
+    """Tells whoever runs the application. Raises OrderFailed."""
+    order = control.Switch()
+    if name is not None:
+        order = msgspec.structs.replace(order, policy=name)
+    if shadow is not None:
+        order = msgspec.structs.replace(order, shadow_policy=None if shadow == NO_SHADOW else shadow)
+    if ray_address is not None:
+        # It imports Ray, which takes seconds.
+        from gateway.app import APP_NAME
+        from gateway.runtime import live_policies
+
+        live_policies.connect(ray_address)
+        return live_policies.switch(APP_NAME, order)
+    address = urlsplit(url)
+    paths = RunPaths(base_dir() / str(address.port or 80))
+    if not paths.control.is_socket() or address.hostname not in (*LOOPBACKS, _host_of(paths)):
+        _fail(f"no `baton serve` of yours on this machine listens at {url}; for a Ray cluster pass --ray-address")
+    return control.order(paths.control, order)
+
+
+def _host_of(paths: RunPaths) -> str:
+    """The address that a local run was told to listen at."""
+    return Settings.model_validate_json(paths.settings.read_text()).gateway.host
+
+
+def _print_policies(told: dict[str, Any]) -> None:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for column in ("gateway", "policy", "shadow", "since"):
+        table.add_column(column, no_wrap=True)
+    for gateway, one in told["gateways"].items():
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(one["since_s"]))
+        table.add_row(escape(gateway), one["policy"], one["shadow_policy"] or NO_SHADOW, since)
+    for gateway in told["missing"]:
+        table.add_row(escape(gateway), "[red]did not answer[/]", "", "")
+    _console().print(table)
 
 
 def _print_receipt(console: Console, url: str, request_id: str | None) -> None:

@@ -99,6 +99,17 @@ def status(url: str, timeout_s: float = _READ_S, api_key: str | None = None) -> 
     return _get(url, "/baton/status", api_key, timeout_s)
 
 
+def policies(url: str, api_key: str | None = None) -> dict[str, Any]:
+    """What decides in each gateway and since when, and which gateways did not tell. Raises GatewayError."""
+    return _get(url, "/baton/policies", api_key)
+
+
+def follow(policies: dict[str, Any], policy: str, shadow_policy: str | None, num_gateways: int) -> bool:
+    """Whether so many gateways or more are there, by what `policies` returned, and all of them decide by these."""
+    in_use = [(one.get("policy"), one.get("shadow_policy")) for one in policies["gateways"].values()]
+    return not policies["missing"] and len(in_use) >= num_gateways and set(in_use) == {(policy, shadow_policy)}
+
+
 def missing_replicas(status: dict[str, Any], expected: Mapping[str, int]) -> str:
     """What a gateway, by its `status`, lacks of pools with so many replicas each; empty if they are complete."""
     lacking: list[str] = []

@@ -17,7 +17,7 @@ from gateway import client
 from gateway.agents.tenants import key_sha256, new_key
 from gateway.runtime import processes
 from gateway.runtime.environment import LOOPBACK
-from gateway.runtime.events import AppStatus, DriverFailed, Event, RayStarted
+from gateway.runtime.events import AppStatus, DriverFailed, Event, PoliciesSwitched, RayStarted
 from gateway.runtime.local import LocalRun, StartError, base_dir, check_port
 from gateway.settings import Settings, TenantSettings
 
@@ -338,6 +338,8 @@ def _watch(run: LocalRun, console: Console) -> None:
         for event in run.poll(_POLL_S):
             if isinstance(event, DriverFailed):
                 raise StartError(f"the runtime failed: {root_cause(event.message)}")
+            if isinstance(event, PoliciesSwitched):
+                console.print(escape(f"policy {event.policy}, shadow {event.shadow_policy or 'none'}, as told"))
             if isinstance(event, AppStatus) and event.status != last:
                 last = event.status
                 if last == "RUNNING":

@@ -50,6 +50,11 @@ SHADOW = Counter(
     "What the shadow policy decided, and whether it chose the same replicas as the live one",
     ["policy", "same_prefill", "same_decode"],
 )
+POLICY_SWITCHES = Counter(
+    "baton_policy_switches",
+    "Changes of what decides in this gateway, by what decides since; what it started with is none",
+    ["policy", "shadow_policy"],
+)
 RECEIPTS_DROPPED = Counter("baton_receipts_dropped", "Receipts that came faster than the disk takes them")
 PROMPT_TOKENS = Counter("baton_prompt_tokens", "Prompt tokens by where they came from", ["source"])
 KV_BYTES = Counter("baton_kv_moved_bytes", "Bytes of KV cache that decode engines fetched from prefill engines")
@@ -109,6 +114,10 @@ def count_rejection(rejection: Rejection, priority: Priority, tenant: str | None
 
 def count_loss(phase: Phase, cause: str) -> None:
     REPLICAS_LOST.labels(phase, cause).inc()
+
+
+def count_policy_switch(policy: str, shadow_policy: str | None) -> None:
+    POLICY_SWITCHES.labels(policy, shadow_policy or "none").inc()
 
 
 def count_gateways_gone(before: Collection[str], now: Collection[str]) -> None:

@@ -230,6 +230,10 @@ class Orchestrator:
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._transport.close()
 
+    def use(self, policy: Policy, shadow: Policy | None) -> None:
+        """From the next placement on these decide; what has been placed stays where it is."""
+        self._policy, self._shadow = policy, shadow
+
     # -- requests
 
     def new_group(

@@ -14,6 +14,15 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
+class PoliciesInUse:
+    """What decides in one gateway, and since when, in seconds of the Unix epoch."""
+
+    policy: str
+    shadow_policy: str | None
+    since_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Answers(Generic[T]):
     """What other gateways said, by their ids, and the ids of those that did not answer in time."""
 
@@ -39,6 +48,10 @@ class Peers(Protocol):
         """A receipt as JSON, from whoever has it; with one found, nobody else is waited for."""
         ...
 
+    async def policies(self) -> Answers[PoliciesInUse]:
+        """What decides in the others."""
+        ...
+
 
 class Alone:
     """The only gateway there is."""
@@ -53,6 +66,9 @@ class Alone:
         return Answers({})
 
     async def receipt(self, request_id: str) -> Answers[dict[str, Any] | None]:
+        return Answers({})
+
+    async def policies(self) -> Answers[PoliciesInUse]:
         return Answers({})
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from prometheus_client import Metric
 from ray.serve.handle import DeploymentHandle
 
-from gateway.peers import Answers, gather_answers
+from gateway.peers import Answers, PoliciesInUse, gather_answers
 
 log = logging.getLogger("baton.peers")
 
@@ -23,8 +23,8 @@ TIMEOUT_S = 2.0
 class RayPeers:
     """Gateways that are replicas of one Ray Serve deployment.
 
-    Its class has the methods that are called here: `peer_metrics(asker)` and `peer_receipt(asker, request_id)` answer
-    with the replica's own id and the answer, or None to themselves.
+    Its class has the methods that are called here: `peer_metrics(asker)`, `peer_receipt(asker, request_id)` and
+    `peer_policies(asker)` answer with the replica's own id and the answer, or None to themselves.
     """
 
     def __init__(self, own_id: str, handle: DeploymentHandle):
@@ -43,6 +43,9 @@ class RayPeers:
 
     async def receipt(self, request_id: str) -> Answers[dict[str, Any] | None]:
         return await self._ask("peer_receipt", request_id, is_enough=lambda receipt: receipt is not None)
+
+    async def policies(self) -> Answers[PoliciesInUse]:
+        return await self._ask("peer_policies")
 
     async def _ask(self, method: str, *arguments: Any, is_enough: Callable[[Any], bool] = lambda _: False) -> Any:
         others = [member for member in self.members() if member != self.own_id]

@@ -227,8 +227,8 @@ class TenantSettings(Section):
 PolicyName = Literal["baton", "least-tokens", "round-robin", "session-affinity", "dynamo", "llm-d"]
 
 
-class RoutingSettings(Section):
-    """How requests are placed."""
+class PolicySettings(Section):
+    """What decides placements: the part of the configuration that a running application can be told anew."""
 
     policy: PolicyName = Field(
         default="least-tokens", description="what chooses the replicas of a request (gateway/routing/policies.py)"
@@ -236,6 +236,11 @@ class RoutingSettings(Section):
     shadow_policy: PolicyName | None = Field(
         default=None, description="decides beside it on the same inputs and changes nothing: receipts and metrics tell"
     )
+
+
+class RoutingSettings(PolicySettings):
+    """How requests are placed."""
+
     receipts_folder: str | None = Field(
         default=None,
         description="where each gateway keeps a file of receipts: absolute, or from the config if it begins ./",

@@ -1,6 +1,5 @@
 """Owns how many tokens each replica keeps for sessions that are expected to come back."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -21,11 +20,12 @@ class Promises:
     def tokens(self, replica_id: str) -> float:
         return float(self._tokens.get(replica_id, 0))
 
-    def replace(self, old: Sequence[Promise], new: Sequence[Promise]) -> None:
-        for promises, sign in ((old, -1), (new, 1)):
-            for promise in promises:
-                num_tokens = self._tokens.get(promise.replica_id, 0) + sign * promise.num_tokens
-                if num_tokens:
-                    self._tokens[promise.replica_id] = num_tokens
-                else:
-                    self._tokens.pop(promise.replica_id, None)
+    def replace(self, old: Promise | None, new: Promise | None) -> None:
+        for promise, sign in ((old, -1), (new, 1)):
+            if promise is None:
+                continue
+            num_tokens = self._tokens.get(promise.replica_id, 0) + sign * promise.num_tokens
+            if num_tokens:
+                self._tokens[promise.replica_id] = num_tokens
+            else:
+                self._tokens.pop(promise.replica_id, None)

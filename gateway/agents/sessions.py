@@ -44,13 +44,14 @@ class _Pause:
 
 @dataclass(slots=True)
 class _Session:
-    """`num_running` of its turns have arrived and not ended. `promises`: where how many tokens are kept for its next
+    """`num_running` of its turns have arrived and not ended. `promise`: where how many tokens are kept for its next
     turn, and until when it is expected."""
 
     agent: str | None = None
     is_named: bool = True
     used_s: float = 0.0
     prompt: Prompt = field(default_factory=Prompt)
+    num_prompt_tokens: int = 0
     tips: list[bytes] = field(default_factory=list[bytes])
     mark: tuple[int, int] | None = None
     member: Member = field(default_factory=Member)
@@ -62,7 +63,7 @@ class _Session:
     is_last: bool = False
     return_probability: float = 0.0
     output_tokens: float | None = None
-    promises: tuple[Promise, ...] = ()
+    promise: Promise | None = None
     promised_until_s: float = math.inf
 
 
@@ -75,6 +76,7 @@ class Sessions:
         self._max_tokens = max_tokens
         self._sessions: OrderedDict[str, _Session] = OrderedDict()
         self._num_tokens = 0
+        self._with_prompt: OrderedDict[str, None] = OrderedDict()
         self._tips = Tips()
         self._beginnings = Beginnings()
         self._answers = AnswerLengths()
@@ -107,9 +109,9 @@ class Sessions:
         return prompt.hashes_of(packed(token_ids), block_size_tokens, salt)
 
     def promised_tokens(self, replica_id: str) -> float:
-        """Of sessions that run or pause and whose last turn was prefilled or decoded there: the tokens that they will
-        want back, times the probability that they come back. A pause that is longer than nine in ten of its kind is
-        not waited for any more."""
+        """Of sessions that run or pause and whose last turn was decoded there: the tokens that they will want back,
+        times the probability that they come back. A pause that is longer than nine in ten of its kind is not waited for
+        any more."""
         return self._promises.tokens(replica_id)
 
     # -- the life of a turn
@@ -145,6 +147,9 @@ class Sessions:
         self._end_pause(session, hints, now_s, is_again)
         self._num_tokens += len(token_ids) - session.prompt.num_tokens
         session.prompt = Prompt(tokens, hashes, block_size_tokens, salt)
+        session.num_prompt_tokens = len(token_ids)
+        self._with_prompt[name] = None
+        self._with_prompt.move_to_end(name)
         if not session.is_named:
             self._set_tips(name, session, [hashes[-1]])
             session.mark = self._beginnings.replace(session.mark, marks, name)
@@ -165,7 +170,7 @@ class Sessions:
         session.prefill = placement.prefill or session.prefill
         session.decode = placement.decode
         session.member.trajectory.num_turns += 1
-        self._promise(session, session.prompt.num_tokens)
+        self._promise(session, session.num_prompt_tokens)
         session.promised_until_s = math.inf
         self._forget_oldest()
 
@@ -178,7 +183,7 @@ class Sessions:
         self._touch(name, session, now_s)
         session.num_running = max(session.num_running - 1, 0)
         trajectory = session.member.trajectory
-        trajectory.read_tokens += session.prompt.num_tokens
+        trajectory.read_tokens += session.num_prompt_tokens
         trajectory.written_tokens += len(written)
         trajectory.attained_s += service_s
         session.output_tokens = running_mean(session.output_tokens, len(written))
@@ -193,7 +198,7 @@ class Sessions:
         session.pause = _Pause(now_s, tool or NO_TOOL, predicted)
         session.member.waits = tool is not None
         session.return_probability = predicted.return_probability
-        self._promise(session, session.prompt.num_tokens + len(written))
+        self._promise(session, session.num_prompt_tokens + len(written))
         session.promised_until_s = now_s + predicted.p90_s
         self._expect(name, session)
         if not session.is_named:
@@ -271,12 +276,10 @@ class Sessions:
         )
 
     def _promise(self, session: _Session, num_tokens: int) -> None:
-        """`num_tokens` are on the decode replica; prefill has the prompt of them."""
-        share = 0.0 if session.is_last else session.return_probability
-        kept = ((session.prefill, session.prompt.num_tokens), (session.decode, num_tokens))
-        promises = tuple(Promise(name, round(number * share)) for name, number in kept if name is not None)
-        self._promises.replace(session.promises, promises)
-        session.promises = promises
+        kept = 0 if session.is_last else round(num_tokens * session.return_probability)
+        promise = Promise(session.decode, kept) if session.decode is not None and kept else None
+        self._promises.replace(session.promise, promise)
+        session.promise = promise
 
     def _expect(self, name: str, session: _Session) -> None:
         heapq.heappush(self._due, (session.promised_until_s, name))
@@ -296,8 +299,8 @@ class Sessions:
         while self._due and self._due[0][0] <= now_s:
             _, due = heapq.heappop(self._due)
             if (late := self._sessions.get(due)) and late.promised_until_s <= now_s:
-                self._promises.replace(late.promises, ())
-                late.promises = ()
+                self._promises.replace(late.promise, None)
+                late.promise = None
         while self._sessions:
             name, session = next(iter(self._sessions.items()))
             if now_s - session.used_s <= self.pauses.idle_s:
@@ -308,16 +311,28 @@ class Sessions:
                 self._forget(name, now_s)
 
     def _forget_oldest(self) -> None:
-        """The tokens of the one that is in use may be more than are allowed in all; they are kept until the next."""
-        while len(self._sessions) > self._max_sessions or (
-            self._num_tokens > self._max_tokens and len(self._sessions) > 1
-        ):
+        """Of too many sessions the oldest, of too many tokens the oldest prompts: a session that has a name goes on
+        without. The tokens of the one that is in use may be more than are allowed in all; they are kept until the next.
+        """
+        while len(self._sessions) > self._max_sessions:
             self._forget(next(iter(self._sessions)), self._now_s)
+        while self._num_tokens > self._max_tokens and len(self._with_prompt) > 1:
+            oldest = next(iter(self._with_prompt))
+            if self._sessions[oldest].is_named:
+                self._forget_prompt(oldest)
+            else:
+                self._forget(oldest, self._now_s)
+
+    def _forget_prompt(self, name: str) -> None:
+        session = self._sessions[name]
+        self._num_tokens -= session.prompt.num_tokens
+        session.prompt = Prompt()
+        self._with_prompt.pop(name, None)
 
     def _forget(self, name: str, now_s: float) -> None:
+        self._forget_prompt(name)
         session = self._sessions.pop(name)
-        self._num_tokens -= session.prompt.num_tokens
-        self._promises.replace(session.promises, ())
+        self._promises.replace(session.promise, None)
         self._set_tips(name, session, [])
         self._beginnings.replace(session.mark, [], name)
         session.member.leave()

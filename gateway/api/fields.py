@@ -157,6 +157,7 @@ ROUTES: frozenset[tuple[str, str]] = frozenset(
         ("GET", "/metrics"),
         ("GET", "/v1/models"),
         ("GET", "/baton/status"),
+        ("GET", "/baton/policies"),
         ("GET", "/baton/receipts/{request_id}"),
     }
 )

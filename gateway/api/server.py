@@ -1,6 +1,7 @@
 """Owns the HTTP application: vLLM's OpenAI server over the cluster, cut down to Baton's routes."""
 
 import asyncio
+import dataclasses
 import logging
 import os
 from argparse import Namespace
@@ -33,7 +34,7 @@ from gateway.api.engine_client import SplitEngineClient
 from gateway.api.middleware import Departure, Intake, ResponseStart, error_body
 from gateway.cluster import Replica
 from gateway.orchestrator import Orchestrator
-from gateway.peers import Peers
+from gateway.peers import Peers, PoliciesInUse
 
 TASKS = ("generate",)
 
@@ -108,8 +109,11 @@ class MetricsResponse(Response):
     media_type = scrape.CONTENT_TYPE
 
 
-async def make_app(config: ServerConfig, orchestrator: Orchestrator, peers: Peers) -> tuple[FastAPI, SplitEngineClient]:
-    """vLLM's application over `orchestrator`. Raises ValueError when the model's files cannot be used."""
+async def make_app(
+    config: ServerConfig, orchestrator: Orchestrator, peers: Peers, policies: Callable[[], PoliciesInUse]
+) -> tuple[FastAPI, SplitEngineClient]:
+    """vLLM's application over `orchestrator`. `policies` tells what decides in it now. Raises ValueError when the
+    model's files cannot be used."""
     os.environ["VLLM_ENABLE_RESPONSES_API_STORE"] = "0"
     os.environ["VLLM_SERVER_DEV_MODE"] = "0"
     args = make_arg_parser(FlexibleArgumentParser()).parse_args(command_line(config))
@@ -121,7 +125,7 @@ async def make_app(config: ServerConfig, orchestrator: Orchestrator, peers: Peer
     app.state.server = SimpleNamespace()
     for name in LOGS_OF_REFUSALS:
         logging.getLogger(name).addFilter(NOT_REFUSED)
-    _add_baton_routes(app, config, orchestrator, peers)
+    _add_baton_routes(app, config, orchestrator, peers, policies)
     keep_routes(app, config.enable_docs)
     for status in (404, 405):
         app.add_exception_handler(status, _unknown_route)
@@ -170,7 +174,13 @@ def _front_end_config(args: Any) -> VllmConfig:
     )
 
 
-def _add_baton_routes(app: FastAPI, config: ServerConfig, orchestrator: Orchestrator, peers: Peers) -> None:
+def _add_baton_routes(
+    app: FastAPI,
+    config: ServerConfig,
+    orchestrator: Orchestrator,
+    peers: Peers,
+    policies: Callable[[], PoliciesInUse],
+) -> None:
     def add(path: str, handler: Callable[..., Any], response_class: type[Response] = JSONResponse) -> None:
         # Baton's route takes the place of vLLM's, if it has one there.
         app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) != path]
@@ -199,10 +209,17 @@ def _add_baton_routes(app: FastAPI, config: ServerConfig, orchestrator: Orchestr
                 "version": version("baton-gateway"),
                 "gateway": peers.own_id,
                 "gateways": peers.members(),
+                "policies": dataclasses.asdict(policies()),
                 "pools": pools,
                 **({"learnt": msgspec.to_builtins(orchestrator.learnt)} if sees_all else {}),
             }
         )
+
+    async def all_policies() -> Response:
+        answers = await peers.policies()
+        by_gateway = {**answers.by_gateway, peers.own_id: policies()}
+        gateways = {gateway: dataclasses.asdict(by_gateway[gateway]) for gateway in sorted(by_gateway)}
+        return JSONResponse({"gateways": gateways, "missing": answers.missing})
 
     async def receipt(request_id: str) -> Response:
         request = _request()
@@ -221,6 +238,7 @@ def _add_baton_routes(app: FastAPI, config: ServerConfig, orchestrator: Orchestr
 
     add("/metrics", all_metrics, MetricsResponse)
     add("/baton/status", status)
+    add("/baton/policies", all_policies)
     add("/baton/receipts/{request_id}", receipt)
 
 

@@ -4,14 +4,14 @@ A placement costs, in seconds of all requests' time:
 
 - the read: until the prompts before it are read, and its own uncached rest. Where decode has more of the prompt cached
   than prefill, it can be asked for that: a short read there, and a hand-off in the place of reading it again. Who is
-  delayed: itself, and those that come
-  while the reading replica is busy; by Little's law these are about as many as are there now.
+  delayed: itself, and those that come while the reading replica is busy; by Little's law these are about as many as are
+  there now.
 - the hand-off of the blocks that decode does not have, or, where decode reads the prompt itself, none; but every answer
   that is being written there then pauses for as long.
 - the answer: its steps, each of which grows by what this request adds to it, for everyone in the batch. Of two answers
   of unknown length, the time that both are written is half of one, on average.
-- what it displaces: where the sessions that are expected back would not fit beside it any more, what is lost is to be
-  read again.
+- what it displaces on the decode replica: of its cache, what sessions that are expected back want is to be read again.
+  What a prefill replica has cached, decode has too, so there nothing counts as lost.
 
 All but the read depends on decode only, and the read on prefill only, so the best pair is the best of each pool: the
 work grows with the sum of the pools, not with their product. Whether splitting pays falls out: decode reads the prompt
@@ -25,6 +25,8 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+import msgspec
 
 from gateway.routing.costs import ReadCost
 from gateway.routing.types import (
@@ -42,8 +44,7 @@ CANDIDATES = 8
 """How many of a pool's least loaded replicas are scored, and how many of those that have the most cached."""
 
 
-@dataclass(frozen=True, slots=True)
-class Cost:
+class Cost(msgspec.Struct, frozen=True):
     """What one replica's part of a placement costs, in seconds. `own_s` is this request's, until its part is done;
     `others_s` the other requests', `lost_s` what has to be read again because its blocks are displaced. `ask` is the
     decode replica that is asked for the first `asked_tokens` of the prompt."""
@@ -135,8 +136,7 @@ class _Decision:
         costs, num_tokens = self._snapshot.costs, self._request.num_prompt_tokens
         wait_s = max(view.read_until_s - self._snapshot.now_s, 0.0)
         read_s = self._read_s(costs.prefill.read, view)
-        lost_s = self._lost_s(view, costs.prefill.read, num_tokens)
-        alone = Cost(view.replica_id, wait_s + read_s, read_s * view.in_flight_requests, lost_s)
+        alone = Cost(view.replica_id, wait_s + read_s, read_s * view.in_flight_requests, lost_s=0.0)
         if asked is None or (num_asked := self._askable(asked)) <= (num_cached := self._cached(view)):
             return alone
         num_blocks = (num_asked - num_cached) / max(asked.block_size_tokens, 1)
@@ -146,7 +146,7 @@ class _Decision:
         rest_s = costs.prefill.read.seconds(num_tokens - num_asked, num_tokens)
         own_s = asked_wait_s + ask_s + wait_s + costs.handoff.seconds(num_blocks) + rest_s
         others_s = rest_s * view.in_flight_requests + ask_s * asked.in_flight_requests
-        asking = Cost(view.replica_id, own_s, others_s, lost_s, asked.replica_id, num_asked)
+        asking = Cost(view.replica_id, own_s, others_s, 0.0, asked.replica_id, num_asked)
         return min(alone, asking, key=lambda cost: cost.total_s)
 
     def _reading_itself(self, view: ReplicaView, written: Cost) -> Cost:
@@ -174,7 +174,7 @@ class _Decision:
         own_tokens = self._request.num_prompt_tokens + steps / 2
         now_s = step.seconds(others, tokens)
         then_s = step.seconds(others + self._request.num_choices, tokens + own_tokens)
-        lost_s = self._lost_s(view, self._snapshot.costs.decode.read, self._request.num_prompt_tokens + steps)
+        lost_s = self._lost_s(view, self._request.num_prompt_tokens + steps)
         wait_s = self._room_s(view, own_tokens, self._request.num_choices)
         return Cost(view.replica_id, wait_s + steps * then_s, others * steps / 2 * (then_s - now_s), lost_s)
 
@@ -198,18 +198,20 @@ class _Decision:
         # An engine computes a prompt's last token in any case.
         return cost.seconds(max(num_tokens - self._cached(view), 1), num_tokens)
 
-    def _lost_s(self, view: ReplicaView, cost: ReadCost, num_tokens: float) -> float:
-        """To read again what sessions that are expected back lose when this request's blocks take their place."""
-        if not self._policy.keeps_promised:
-            return 0.0
-        cached_tokens = self._cached(view)
+    def _lost_s(self, view: ReplicaView, num_tokens: float) -> float:
+        """To read again what sessions that are expected back lose to this request's new blocks, on a decode replica.
+
+        Engines evict what was used the longest ago. So a new block displaces one that is wanted back as likely as such
+        are in the cache: the share of it that is promised. Where more is promised than it can hold, the share that it
+        holds comes back in time.
+        """
         capacity_tokens = view.num_kv_blocks * view.block_size_tokens
-        needed = view.promised_tokens + view.in_flight_tokens + num_tokens - cached_tokens
-        lost_tokens = min(max(needed - capacity_tokens, 0.0), num_tokens - cached_tokens)
-        if view.promised_tokens > capacity_tokens:
-            # Of what is promised only so much can be there.
-            lost_tokens *= capacity_tokens / view.promised_tokens
+        if not self._policy.keeps_promised or not capacity_tokens or not view.promised_tokens:
+            return 0.0
+        promised = view.promised_tokens / capacity_tokens
+        lost_tokens = max(num_tokens - self._cached(view), 0.0) * min(promised, capacity_tokens / view.promised_tokens)
         # Whose they are is not known: they are taken to be of prompts as long as this one.
+        cost = self._snapshot.costs.decode.read
         return lost_tokens * (cost.token_s + cost.pair_s * self._request.num_prompt_tokens / 2)
 
     # -- which replicas

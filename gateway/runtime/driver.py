@@ -1,4 +1,5 @@
-"""Owns the driver process of a local run: starts Ray, deploys the application, reports its state as events.
+"""Owns the driver process of a local run: starts Ray, deploys the application, reports its state as events, and takes
+orders (`gateway.runtime.control`).
 
 It runs apart from the launcher because Ray may end the process that holds it; the launcher must outlive that.
 Usage: python -m gateway.runtime.driver RUN_DIR BUILD EVENTS_FD
@@ -10,12 +11,11 @@ import json
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gateway.runtime import events
+from gateway.runtime import control, events
 from gateway.runtime.environment import LOOPBACK, RunPaths, cpus_needed
 from gateway.settings import Settings
 
@@ -70,15 +70,24 @@ def _run(paths: RunPaths, build_path: str, emit: Callable[[events.Event], None])
         wait_for_ingress_deployment_creation=False,
         wait_for_applications_running=False,
     )
+    from gateway.runtime.live_policies import switch
+
+    def take(order: control.Switch) -> control.Switched:
+        switched = switch(APP_NAME, order)
+        emit(events.PoliciesSwitched(switched.policy, switched.shadow_policy))
+        return switched
+
     last: events.AppStatus | None = None
-    while True:
-        overview = serve.status().applications.get(APP_NAME)
-        if overview is not None:
-            status = _app_status(overview)
-            if status != last:
-                emit(status)
-                last = status
-        time.sleep(_RUNNING_POLL_S if last is not None and last.status == "RUNNING" else _STARTING_POLL_S)
+    with control.Orders(paths.control) as orders:
+        while True:
+            overview = serve.status().applications.get(APP_NAME)
+            if overview is not None:
+                status = _app_status(overview)
+                if status != last:
+                    emit(status)
+                    last = status
+            is_running = last is not None and last.status == "RUNNING"
+            orders.take_for(_RUNNING_POLL_S if is_running else _STARTING_POLL_S, take)
 
 
 def _app_status(overview: Any) -> events.AppStatus:

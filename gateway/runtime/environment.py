@@ -55,6 +55,11 @@ class RunPaths:
         return self.root / "ray-token"
 
     @property
+    def control(self) -> Path:
+        """The socket on which the driver takes orders."""
+        return self.root / "control"
+
+    @property
     def driver_log(self) -> Path:
         return self.logs / "driver.log"
 

@@ -27,13 +27,20 @@ class AppStatus(msgspec.Struct, frozen=True, tag="status"):
     deployments: list[DeploymentState]
 
 
+class PoliciesSwitched(msgspec.Struct, frozen=True, tag="policies"):
+    """The gateways were told what decides placements from now on; each follows in its turn."""
+
+    policy: str
+    shadow_policy: str | None
+
+
 class DriverFailed(msgspec.Struct, frozen=True, tag="failed"):
     """The driver gives up; `message` is what the user reads first."""
 
     message: str
 
 
-Event = RayStarted | AppStatus | DriverFailed
+Event = RayStarted | AppStatus | PoliciesSwitched | DriverFailed
 
 _encoder = msgspec.json.Encoder()
 _decoder: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Event)

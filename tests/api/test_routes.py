@@ -17,12 +17,13 @@ from vllm.entrypoints.serve.tokenize.protocol import DetokenizeRequest, Tokenize
 from gateway.api import fields
 from gateway.api.server import ServerConfig, make_app, warm_up_sampling
 from gateway.orchestrator import Orchestrator, OrchestratorConfig
-from gateway.peers import Alone, Peers
+from gateway.peers import Alone, Peers, PoliciesInUse
 from gateway.routing.policies import least_tokens
 from gateway.routing.receipts import ReceiptStore
 from gateway.transport import InProcessTransport
 from tests.api.live import ROOT, is_anthropic_error, is_openai_error
 
+POLICIES_IN_USE = PoliciesInUse("least-tokens", None, 1_700_000_000.0)
 DOCS = {("GET", "/openapi.json"), ("GET", "/docs")}
 REQUEST_MODELS = {
     "/v1/chat/completions": [ChatCompletionRequest],
@@ -74,7 +75,7 @@ async def app_of(server_config: ServerConfig, peers: Peers | None = None) -> Fas
         InProcessTransport("gateway", []), least_tokens, ReceiptStore(10),
         OrchestratorConfig(handoff_timeout_s=1.0, max_in_flight_requests=10, warm_up_sampling=warm_up_sampling()),
     )  # fmt: skip
-    app, _ = await make_app(server_config, orchestrator, peers or Alone("gateway-1"))
+    app, _ = await make_app(server_config, orchestrator, peers or Alone("gateway-1"), lambda: POLICIES_IN_USE)
     return app
 
 

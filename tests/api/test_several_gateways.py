@@ -1,5 +1,6 @@
 """What a gateway's routes say when it is one of several: it answers for all, or says who is missing."""
 
+import dataclasses
 from typing import Any
 
 from fastapi import FastAPI
@@ -7,9 +8,9 @@ from httpx import ASGITransport, AsyncClient, Response
 from prometheus_client import CollectorRegistry, Counter, Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from gateway.peers import Answers
+from gateway.peers import Answers, PoliciesInUse
 from tests.api.live import is_openai_error
-from tests.api.test_routes import app_of, config
+from tests.api.test_routes import POLICIES_IN_USE, app_of, config
 
 
 def counted(requests: int) -> list[Metric]:
@@ -42,6 +43,10 @@ class Others:
             if name not in self.silent
         }
         return Answers(found, self.silent)
+
+    async def policies(self) -> Answers[PoliciesInUse]:
+        in_use = {name: PoliciesInUse(f"of {name}", None, 7.0) for name in ("gateway-2", "gateway-3")}
+        return Answers({name: one for name, one in in_use.items() if name not in self.silent}, self.silent)
 
 
 async def get(app: FastAPI, path: str) -> Response:
@@ -102,3 +107,11 @@ async def test_status_says_who_answers_and_who_else_there_is():
     status = (await get(await app_of(config(), Others()), "/baton/status")).json()
     assert status["gateway"] == "gateway-1"
     assert status["gateways"] == ["gateway-1", "gateway-2", "gateway-3"]
+
+
+async def test_any_gateway_tells_the_policies_of_all_and_who_did_not_answer():
+    answer = (await get(await app_of(config(), Others("gateway-2")), "/baton/policies")).json()
+    own = dataclasses.asdict(POLICIES_IN_USE)
+    theirs = {"policy": "of gateway-3", "shadow_policy": None, "since_s": 7.0}
+    assert answer == {"gateways": {"gateway-1": own, "gateway-3": theirs}, "missing": ["gateway-2"]}
+    assert (await get(await app_of(config()), "/baton/status")).json()["policies"] == own

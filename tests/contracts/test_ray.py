@@ -133,3 +133,37 @@ def test_a_replica_that_starts_takes_the_rank_of_one_that_is_gone():
         ranks.assign_rank(f"replica-{number}", "node")
     ranks.release_rank("replica-1")
     assert ranks.assign_rank("another", "node").local_rank == 1
+
+
+def test_the_controller_gives_away_an_applications_wanted_state_and_takes_it_back():
+    from ray.serve._private.controller import ServeController
+    from ray.serve._private.deployment_info import DeploymentInfo
+    from ray.serve.generated import serve_pb2
+
+    methods = {
+        "get_app_configs": ["self"],
+        "list_deployments_internal": ["self"],
+        "get_deployment_details": ["self", "app_name", "deployment_name"],
+        "get_external_scaler_enabled": ["self", "app_name"],
+        "deploy_applications": ["self", "name_to_deployment_args_list", "name_to_application_args"],
+    }
+    for name, parameters in methods.items():
+        assert list(inspect.signature(getattr(ServeController, name)).parameters) == parameters
+    # `uses_multiplexing` is what a gateway does not do, and `docs_path` is nobody's any more.
+    known = {"deployment_name", "deployment_config", "replica_config", "deployer_job_id", "route_prefix", "ingress"}
+    known |= {"ingress_request_router", "uses_multiplexing", "docs_path"}
+    assert {field.name for field in serve_pb2.DeploymentArgs.DESCRIPTOR.fields} == known
+    assert {"version", "ingress", "ingress_request_router", "deployer_job_id"} <= set(
+        inspect.signature(DeploymentInfo.__init__).parameters
+    )
+
+
+def test_serve_tells_a_replica_its_user_config_before_it_is_ready_and_restarts_none_for_a_new_one():
+    from ray.serve._private.config import DeploymentConfig
+    from ray.serve._private.replica import Replica
+    from ray.serve._private.version import DeploymentVersion
+
+    before, after = (DeploymentVersion("1", DeploymentConfig(user_config={"policy": name}), {}) for name in "ab")
+    assert before.requires_actor_reconfigure(after)
+    assert not before.requires_actor_restart(after)
+    assert "call_reconfigure" in inspect.getsource(Replica.initialize)

@@ -259,9 +259,8 @@ def test_without_limits_the_same_attack_is_felt() -> None:
     """The comparisons can fail: it is the limits that keep the attack small."""
     limited, free, uncapped = run(LIMITED), run(FREE), run(UNCAPPED)
     assert free.normal.times.p50 > 3 * limited.normal.times.p50
-    assert free.normal.statuses[429] > 0
-    # Claims that nobody caps displace the others altogether.
-    assert uncapped.normal.statuses[429] > free.normal.statuses[429]
+    # Claims that nobody caps are served before the others.
+    assert uncapped.normal.times.p50 > 1.5 * free.normal.times.p50
 
 
 def test_nothing_is_left_and_memory_is_bounded() -> None:

@@ -16,7 +16,11 @@ from gateway.agents.tenants import Tenants
 from gateway.app import tenants
 from gateway.doctor import Check, Outcome
 from gateway.receipt_log import ReceiptLog
+from gateway.routing.policies import POLICIES
+from gateway.runtime.control import OrderFailed, Switch, Switched
+from gateway.runtime.environment import RunPaths
 from gateway.settings import Settings, load
+from tests.unit.gateway.driver import taking_orders
 from tests.unit.gateway.test_replay import receipt
 
 CONFIG = """
@@ -77,6 +81,7 @@ class Gateway:
         ]
         self.headers = {"x-baton-request-id": "request-1"}
         self.status = STATUS
+        self.policies: dict[str, Any] = {}
         gateway = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -86,6 +91,7 @@ class Gateway:
                 answers = {
                     "/v1/models": {"data": [{"id": "tiny"}]},
                     "/baton/status": gateway.status,
+                    "/baton/policies": gateway.policies,
                     "/baton/receipts/request-1": RECEIPT,
                 }
                 answer = answers.get(self.path)
@@ -274,6 +280,123 @@ def test_simulated_engines_are_called_so_in_status_and_receipt(gateway: Gateway)
     shown = baton("ask", "what?", "--receipt", "--url", gateway.url).stdout
     assert "decode decode-1 (simulated) (policy" in shown
     assert "prefill-1 (simulated)" not in shown
+
+
+def test_status_names_the_policies_in_use(gateway: Gateway) -> None:
+    gateway.status = STATUS | {"policies": {"policy": "dynamo", "shadow_policy": None, "since_s": 0.0}}
+    assert "policy dynamo, shadow none" in baton("status", "--url", gateway.url).stdout
+
+
+# policy
+
+
+def run_dir(folder: Path, gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> RunPaths:
+    """Of a local run that listens where `gateway` does."""
+    monkeypatch.setattr(cli, "base_dir", lambda: folder)
+    paths = RunPaths(folder / gateway.url.rpartition(":")[2])
+    paths.root.mkdir()
+    settings = {"model": {"path": "m"}, "pools": {"decode": {"device": "cpu"}}, "gateway": {"host": "127.0.0.9"}}
+    paths.settings.write_text(Settings.model_validate(settings).model_dump_json())
+    return paths
+
+
+def in_use(policy: str, shadow: str | None = None) -> dict[str, Any]:
+    return {"policy": policy, "shadow_policy": shadow, "since_s": 1_700_000_000.0}
+
+
+def test_policy_shows_what_every_gateway_uses_since_when_and_who_did_not_answer(gateway: Gateway) -> None:
+    gateway.policies = {"gateways": {"g1": in_use("dynamo"), "g2": in_use("llm-d", "dynamo")}, "missing": ["g3"]}
+    result = baton("policy", "--url", gateway.url)
+    assert result.exit_code == 0
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert [line[:3] for line in lines[2:5]] == [
+        ["g1", "dynamo", "none"],
+        ["g2", "llm-d", "dynamo"],
+        ["g3", "did", "not"],
+    ]
+    assert lines[2][3].startswith("2023-11-1")
+
+
+def test_policy_switches_and_waits_until_every_gateway_has_followed(
+    gateway: Gateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = run_dir(tmp_path, gateway, monkeypatch)
+    looks: list[dict[str, Any]] = []
+    old, new = in_use("dynamo", "llm-d"), in_use("round-robin", "llm-d")
+    both_old, half, silent, unseen = {"g1": old, "g2": old}, {"g1": old, "g2": new}, {"g1": new}, {"g1": new}
+    told = [(both_old, []), (both_old, []), (half, []), (silent, ["g2"]), (unseen, []), ({"g1": new, "g2": new}, [])]
+
+    def look(url: str) -> dict[str, Any]:
+        gateways, missing = told[len(looks)]
+        looks.append({"gateways": gateways, "missing": missing})
+        return looks[-1]
+
+    monkeypatch.setattr(cli.client, "policies", look)
+    monkeypatch.setattr(cli, "FOLLOW_POLL_S", 0.0)
+    with taking_orders(paths.control, lambda _: Switched("round-robin", "llm-d")) as driver:
+        result = baton("policy", "round-robin", "--url", gateway.url)
+    assert (result.exit_code, driver.taken) == (0, [Switch("round-robin")])
+    assert len(looks) == len(told)
+    assert result.stdout.count("round-robin") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "order"),
+    [
+        (("llm-d", "--shadow", "dynamo"), Switch("llm-d", "dynamo")),
+        (("--shadow", "dynamo"), Switch(shadow_policy="dynamo")),
+        (("--shadow", "none"), Switch(shadow_policy=None)),
+    ],
+)
+def test_policy_orders_what_is_named_and_no_more(
+    gateway: Gateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], order: Switch
+) -> None:
+    paths = run_dir(tmp_path, gateway, monkeypatch)
+    gateway.policies = {"gateways": {"g1": in_use("llm-d")}, "missing": []}
+    with taking_orders(paths.control, lambda _: Switched("llm-d", None)) as driver:
+        assert baton("policy", *arguments, "--url", gateway.url).exit_code == 0
+    assert driver.taken == [order]
+
+
+@pytest.mark.parametrize("arguments", [("best",), ("--shadow", "best"), ("none",)])
+def test_policy_refuses_unknown_names_with_the_list(gateway: Gateway, arguments: tuple[str, ...]) -> None:
+    said = complaint(baton("policy", *arguments, "--url", gateway.url))
+    assert "there is no policy" in said
+    assert all(name in said for name in POLICIES)
+
+
+def test_policy_says_why_a_run_refuses(gateway: Gateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(switch: Switch) -> Switched:
+        raise OrderFailed("no application baton")
+
+    gateway.policies = {"gateways": {"g1": in_use("dynamo")}, "missing": []}
+    with taking_orders(run_dir(tmp_path, gateway, monkeypatch).control, refuse):
+        assert complaint(baton("policy", "llm-d", "--url", gateway.url)) == "baton: no application baton"
+
+
+def test_policy_fails_when_a_gateway_does_not_follow(
+    gateway: Gateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "FOLLOW_S", 0.0)
+    gateway.policies = {"gateways": {"g1": in_use("dynamo")}, "missing": []}
+    with taking_orders(run_dir(tmp_path, gateway, monkeypatch).control, lambda _: Switched("llm-d", None)):
+        result = baton("policy", "llm-d", "--url", gateway.url)
+    assert "told llm-d, shadow none, and not all of them do so" in complaint(result)
+    assert "dynamo" in result.stdout
+
+
+def test_policy_touches_no_run_that_does_not_listen_at_the_url(
+    gateway: Gateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway.policies = {"gateways": {"g1": in_use("llm-d")}, "missing": []}
+    monkeypatch.setattr(cli.client, "policies", lambda url: gateway.policies)
+    assert "no `baton serve` of yours" in complaint(baton("policy", "llm-d", "--url", gateway.url))
+    paths = run_dir(tmp_path, gateway, monkeypatch)
+    elsewhere = gateway.url.replace("127.0.0.1", "192.0.2.7")
+    with taking_orders(paths.control, lambda _: Switched("llm-d", None)) as driver:
+        assert "no `baton serve` of yours" in complaint(baton("policy", "llm-d", "--url", elsewhere))
+        assert baton("policy", "llm-d", "--url", gateway.url.replace("127.0.0.1", "127.0.0.9")).exit_code == 0
+    assert driver.taken == [Switch("llm-d")]
 
 
 # serve and doctor

@@ -98,6 +98,7 @@ def test_what_sessions_will_want_back_is_not_displaced_without_need() -> None:
     promised = replica("d0", promised_tokens=9_900.0)
     other = replica("d1", in_flight_requests=1, in_flight_tokens=10)
     snapshot = cluster([replica("p0")], [promised, other])
+    assert placed(cluster([replica("p0")], [replica("d0"), other])).decode == "d0"
     assert placed(snapshot).decode == "d1"
     assert placed(snapshot, policy=Joint(keeps_promised=False)).decode == "d0"
 

@@ -91,6 +91,24 @@ def test_a_shadow_policy_that_fails_costs_no_request() -> None:
     simulate(main)
 
 
+def test_a_switch_of_policies_holds_from_the_next_placement_on_and_leaves_what_is_in_flight() -> None:
+    async def main() -> None:
+        async with Rig(prefill=2, decode=2) as rig:
+            before = rig.add(PROMPT, 30)
+            rig.orchestrator.use(POLICIES["dynamo"], POLICIES["llm-d"])
+            after = rig.add(OTHER_PROMPT, 5)
+            rig.orchestrator.use(POLICIES["round-robin"], None)
+            for request_id in (before, after):
+                await rig.finished(request_id)
+            _, last = await rig.ask(PROMPT, 5)
+            receipts = [*(rig.receipt(request_id) for request_id in (before, after)), last]
+            told = [(receipt.policy, receipt.shadow.policy if receipt.shadow else None) for receipt in receipts]
+            assert told == [("least-tokens", None), ("dynamo", "llm-d"), ("round-robin", None)]
+            assert all(receipt.outcome.status == "finished" for receipt in receipts)
+
+    simulate(main)
+
+
 def test_a_decision_that_is_not_taken_counts_too() -> None:
     async def main() -> None:
         async with Rig(prefill=2, decode=2) as rig:

@@ -6,6 +6,7 @@ from engine import blocks
 from engine.blocks import block_hashes
 from gateway.agents import prompts as module
 from gateway.agents import recognition
+from gateway.agents import sessions as module_of_sessions
 from gateway.agents.pauses import PauseModel
 from gateway.agents.sessions import Arrival, Sessions
 from gateway.routing.types import Hints, Placement, Priority, SessionView
@@ -454,15 +455,24 @@ def test_the_session_that_was_used_last_is_forgotten_last() -> None:
     assert turns.sessions.pauses.calibration.num_gone == 0
 
 
-def test_tokens_are_bounded_over_all_sessions(hashed: list[int]) -> None:
+def test_tokens_are_bounded_over_all_sessions_and_those_with_a_name_go_on_without(hashed: list[int]) -> None:
     turns = Turns(max_tokens=12 * B)
     for name in ("a", "b", "c"):
-        turns.begin(hints=Hints(session=name))
-    assert len(turns.sessions) == 2
+        turns.turn(hints=Hints(session=name), decode=f"on-{name}", pause_s=0.0)
     turns.begin(list(range(100 * B)), Hints(session="huge"))
-    assert len(turns.sessions) == 1
-    turns.begin(hints=Hints(session="a"))
-    assert (len(turns.sessions), hashed[-1]) == (1, 5 * B)
+    assert len(turns.sessions) == 4
+    assert [turns.sessions.promised_tokens(f"on-{name}") > 0 for name in ("a", "b", "c")] == [True] * 3
+    view = turns.begin(hints=Hints(session="a")).view
+    assert view is not None
+    assert (view.num_turns, view.decode) == (1, "on-a")
+    assert hashed[-1] == 5 * B, "its prompt was forgotten, so all of it is hashed again"
+
+
+def test_tokens_are_bounded_over_sessions_without_a_name_too() -> None:
+    turns = Turns(max_tokens=12 * B)
+    for first in range(4):
+        turns.begin([first, *range(1, 5 * B)])
+    assert len(turns.sessions) == 2
 
 
 def test_what_is_told_of_a_forgotten_session_changes_nothing() -> None:
@@ -473,3 +483,24 @@ def test_what_is_told_of_a_forgotten_session_changes_nothing() -> None:
     turns.sessions.dropped("s", turns.now_s)
     assert len(turns.sessions) == 1
     assert turns.sessions.promised_tokens("d") == 0
+
+
+def test_a_session_that_stays_away_for_longer_than_nine_in_ten_is_not_waited_for() -> None:
+    turns = Turns()
+    turns.turn(hints=NAMED, pause_s=0.0)
+    predicted = turns.sessions.pauses.predict(None, "look")
+    turns.now_s += predicted.p90_s * 0.99
+    turns.begin(hints=Hints(session="other"), decode="d2")
+    assert turns.sessions.promised_tokens("d") > 0
+    turns.now_s += predicted.p90_s * 0.02
+    turns.begin(hints=Hints(session="another"), decode="d2")
+    assert turns.sessions.promised_tokens("d") == 0
+    turns.begin(hints=NAMED)
+    assert turns.sessions.promised_tokens("d") > 0, "it has come back after all"
+
+
+def test_returns_that_were_expected_of_earlier_turns_are_forgotten() -> None:
+    turns = Turns(max_sessions=2)
+    for _ in range(50):
+        turns.turn(hints=NAMED, pause_s=0.0)
+    assert len(turns.sessions._due) <= module_of_sessions.DUE_PER_SESSION * 2

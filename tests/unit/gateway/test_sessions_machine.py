@@ -63,13 +63,15 @@ class Machine(RuleBasedStateMachine):
         assert len(known) <= MAX_SESSIONS
         num_tokens = sum(session.prompt.num_tokens for session in known.values())
         assert num_tokens == self.sessions._num_tokens
-        assert num_tokens <= MAX_TOKENS or len(known) == 1
+        with_prompt = [name for name, session in known.items() if session.prompt.num_tokens]
+        assert num_tokens <= MAX_TOKENS or len(with_prompt) == 1
+        assert set(with_prompt) <= set(self.sessions._with_prompt) <= set(known)
         assert len(self.sessions.pauses) <= 8
 
     @invariant()
     def promises_are_those_of_known_sessions(self):
-        promises = [promise for session in self.sessions._sessions.values() for promise in session.promises]
-        for replica_id in ("d1", "d2", "p1", "p2"):
+        promises = [session.promise for session in self.sessions._sessions.values() if session.promise]
+        for replica_id in ("d1", "d2"):
             held = sum(promise.num_tokens for promise in promises if promise.replica_id == replica_id)
             assert self.sessions.promised_tokens(replica_id) == held >= 0
 
