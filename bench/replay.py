@@ -149,7 +149,7 @@ class Replay:
                 has_prefill_pool=plan.shape.prefill > 0,
                 can_ask=plan.reverse,
                 admission=AdmissionConfig(ttft_deadline_s=LONGEST_WAIT_S),
-                rank_ms=first_come if plan.policy == WITHOUT_ORDER else rank_ms,
+                rank=first_come if plan.policy == WITHOUT_ORDER else rank_ms,
             ),
             closed=self._on_closed,
             clock=self._loop.time,

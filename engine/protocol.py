@@ -108,10 +108,10 @@ class EngineLoad(msgspec.Struct, frozen=True, array_like=True):
     Tokens are counted from what was submitted and produced: queued are the prompts of requests without a token yet,
     also while their prompt is read or their hand-off fetched; running are prompt and answer of the others. Blocks that
     are only cached count as free, for they are given to whoever needs them. `step_duration_s` is the last step that
-    computed anything, and `step_prefill_tokens` how many tokens of prompts it read. `prefill_tokens_per_s` is prompt
-    tokens computed per second of step time, over the last steps that read prompts (`engine.load.Pace`); 0 until there
-    was one. `kv_event_gaps_total` counts how often changes of the cache were lost for good and the engine's blocks had
-    to be forgotten (`Engine.block_changes`).
+    computed anything, and `step_prefill_tokens` how many tokens of prompts it read (-1: the engine does not tell).
+    `prefill_tokens_per_s` is prompt tokens computed per second of step time, over the last steps that read prompts
+    (`engine.load.Pace`); 0 until there was one. `kv_event_gaps_total` counts how often changes of the cache were lost
+    for good and the engine's blocks had to be forgotten (`Engine.block_changes`).
     """
 
     num_running_requests: int = 0
@@ -128,7 +128,7 @@ class EngineLoad(msgspec.Struct, frozen=True, array_like=True):
     kv_leases_expired_total: int = 0
     kv_event_gaps_total: int = 0
     prompt_tokens_computed_total: int = 0
-    step_prefill_tokens: int = 0
+    step_prefill_tokens: int = -1
 
 
 class InFlight(msgspec.Struct, frozen=True, array_like=True):

@@ -27,8 +27,19 @@ RECENT_REQUESTS = 64
 """Over how many requests what is measured of a replica is averaged."""
 TRUSTED_AFTER_TOKENS = 1024
 """So many tokens an engine must have computed before its prefill rate says something: warm-ups are short and slow."""
+LONGEST_STRETCH = 8
+"""So many prompts are learnt from together at the most."""
 LEARNS_STEPS_EVERY_S = 0.25
 """Steps of one engine are alike; so often the cost of one is learnt."""
+
+
+@dataclass
+class Stretch:
+    """Prompts that an engine has read without a break: of each, how many tokens were computed and how many it has."""
+
+    began_s: float
+    ended_s: float = -math.inf
+    sizes: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
 
 
 @dataclass
@@ -42,8 +53,8 @@ class Replica:
     own requests (`gateway.routing.types.ReplicaView`).
 
     `reads` are the predicted seconds of this gateway's prompts that wait here to be read, and `read_until_s` when that
-    will be done. `read_s` and `stepped_s` say when a prompt was read and a step was learnt from last. `view` is what a
-    snapshot shows; None after a change.
+    will be done. `stretch` is the reading without a break that was seen last. `stepped_s` says when a step was learnt
+    from last. `view` is what a snapshot shows; None after a change.
     """
 
     replica_id: str
@@ -62,7 +73,7 @@ class Replica:
     slot_s: Recent = field(default_factory=lambda: Recent(RECENT_REQUESTS))
     reads: dict[str, float] = field(default_factory=dict)
     read_until_s: float = 0.0
-    read_s: float = -math.inf
+    stretch: "Stretch" = field(default_factory=lambda: Stretch(-math.inf))
     stepped_s: float = -math.inf
     view: ReplicaView | None = None
 
@@ -229,7 +240,10 @@ class Cluster:
         computed_share = replica.computed_share.ratio
         computed_share = 1.0 if computed_share is None else computed_share
         rate = load.prefill_tokens_per_s if load.prompt_tokens_computed_total >= TRUSTED_AFTER_TOKENS else 0.0
-        others_read_s = others.num_queued_tokens * computed_share / rate if rate > 0 else 0.0
+        others_read_s = 0.0
+        # On decode, what others have waiting there is read by prefill, but for what nobody can tell from here.
+        if rate > 0 and (replica.phase is Phase.PREFILL or not self.expects_prefill):
+            others_read_s = others.num_queued_tokens * computed_share / rate
         return ReplicaView(
             replica.replica_id,
             len(replica.in_flight) + others.num_requests,
@@ -277,8 +291,8 @@ class Cluster:
     def _learn_costs(self, replica: Replica, report: WorkerReport) -> None:
         """What a report shows of the costs of work.
 
-        Prompts that an engine tells of together were read together. An engine reads in order, so they have taken it
-        since the prompts before them at the most.
+        An engine may read the end of one prompt and the beginning of the next in one step, so what each has taken is
+        not known. What all have taken is, from the first one's beginning on, while there is no break between them.
         """
         now_s, learner, load = self._clock(), self._learner, report.load
         reads: list[PrefillFacts] = []
@@ -295,13 +309,16 @@ class Cluster:
                 reads.append(facts)
                 longest_s = max(longest_s, times.computed_s)
         if reads:
-            sizes = [(facts.num_computed_tokens, facts.num_prompt_tokens) for facts in reads]
-            learner.read(report.phase, sizes, min(longest_s, now_s - replica.read_s))
-            replica.read_s = now_s
+            began_s, stretch = now_s - longest_s, replica.stretch
+            if began_s >= stretch.ended_s or len(stretch.sizes) >= LONGEST_STRETCH:
+                stretch = replica.stretch = Stretch(began_s)
+            stretch.began_s, stretch.ended_s = min(stretch.began_s, began_s), now_s
+            stretch.sizes += [(facts.num_computed_tokens, facts.num_prompt_tokens) for facts in reads]
+            learner.read(report.phase, stretch.sizes, now_s - stretch.began_s)
         elif (
             report.phase is Phase.DECODE
             and load.num_running_requests
-            and not load.step_prefill_tokens
+            and load.step_prefill_tokens == 0
             and load.step_duration_s > 0
             and now_s - replica.stepped_s >= LEARNS_STEPS_EVERY_S
         ):

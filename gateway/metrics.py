@@ -101,8 +101,8 @@ def _predictions(receipt: Receipt) -> Iterator[tuple[str, float, float]]:
     if outcome.times_ms.decode and outcome.output_tokens > receipt.request.num_choices:
         num_steps = outcome.output_tokens / receipt.request.num_choices - 1
         yield "tpot", predicted.tpot_s, outcome.times_ms.decode / 1000 / num_steps
-    if outcome.reused_tokens:
-        yield "cached_tokens", predicted.cached_tokens, outcome.reused_tokens
+    if predicted.cached_tokens or outcome.reused_tokens:
+        yield "cached_tokens", predicted.cached_tokens, max(outcome.reused_tokens, 1)
 
 
 def count_rejection(rejection: Rejection, priority: Priority, tenant: str | None = None) -> None:

@@ -8,7 +8,7 @@ import time
 from array import array
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 import msgspec
 
@@ -23,7 +23,7 @@ from engine.protocol import (
 )
 from gateway import lifecycle
 from gateway.agents.pauses import Calibration
-from gateway.agents.sessions import Sessions
+from gateway.agents.sessions import Arrival, Sessions
 from gateway.cluster import Cluster, Replica
 from gateway.lifecycle import SequenceState, Stage
 from gateway.membership import Loss, Membership, MembershipConfig
@@ -129,10 +129,10 @@ class Sequence:
 
 @dataclass(frozen=True)
 class OrchestratorConfig:
-    """`has_prefill_pool`: a request that is not split is then degraded. `can_ask`: decode may be asked for
-    what it has cached, and has `ask_timeout_s` to hand it over (docs/adr/0017). `recovery_timeout_s`: how long a
-    request that a fault has displaced waits for a replica.
-    `rank_ms` orders what waits for an engine (`gateway.routing.order`).
+    """`has_prefill_pool`: a request that is not split is then degraded. `can_ask`: decode may be asked for what it has
+    cached, and has `ask_timeout_s` to hand it over (docs/adr/0017). `recovery_timeout_s`: how long a request that a fault
+    has displaced waits for a replica.
+    `rank` orders what waits for an engine (`gateway.routing.order`).
     `drop_logprobs(logprobs, n)` leaves out the first n tokens of a delta's logprobs and those of the prompt. For the
     rest see `MembershipConfig`."""
 
@@ -147,7 +147,7 @@ class OrchestratorConfig:
     recovery_timeout_s: float = 120.0
     drop_logprobs: Callable[[bytes, int], bytes] = lambda logprobs, num_tokens: logprobs
     admission: AdmissionConfig = field(default_factory=AdmissionConfig)
-    rank_ms: Callable[[RequestView, float, float, float], int] = rank_ms
+    rank: Callable[[RequestView, float, float, float], int] = rank_ms
 
 
 @dataclass(frozen=True)
@@ -314,6 +314,15 @@ class Orchestrator:
             group.hints, request.prompt_token_ids, self.cluster.block_size_tokens, request.cache_salt, began_s
         )
         group.session = arrival.name
+        try:
+            self._place_turn(request, group, arrival, began_s, arrived_s)
+        except BaseException:
+            self._sessions.dropped(arrival.name, self._clock())
+            raise
+
+    def _place_turn(
+        self, request: SequenceRequest, group: Group, arrival: Arrival, began_s: float, arrived_s: float
+    ) -> None:
         view = RequestView(
             request_id=group.receipt_id,
             num_prompt_tokens=len(request.prompt_token_ids),
@@ -329,16 +338,17 @@ class Orchestrator:
         snapshot, seed = self.cluster.snapshot(arrival.hashes), self._new_seed()
         placement = place(self._policy, view, snapshot, seed)
         if isinstance(placement, Rejection):
-            self._reject(group, placement)
+            raise PlacementRejected(placement)
         self._num_placed += 1
         admission = admit(view, placement, snapshot, self._config.admission)
         group.decide_s = self._clock() - began_s
         if isinstance(admission, Rejection):
-            self._reject(group, admission)
+            raise PlacementRejected(admission)
         self._sessions.placed(arrival.name, placement)
         prediction = predict(view, placement, snapshot)
-        arrived_s, usual_s = self._wall_clock() - view.waited_s, self._config.admission.ttft_deadline_s
-        group.rank_ms = self._config.rank_ms(view, arrived_s, prediction.read_s, usual_s)
+        # From now on: a client that takes its time to send a request must not come before those that have waited here.
+        usual_s = self._config.admission.ttft_deadline_s
+        group.rank_ms = self._config.rank(view, self._wall_clock(), prediction.read_s, usual_s)
         group.placement = placement
         group.receipt = Receipt(
             group.receipt_id,
@@ -355,10 +365,6 @@ class Orchestrator:
             predicted=prediction,
         )
         self.receipts.put(group.receipt)
-
-    def _reject(self, group: Group, rejection: Rejection) -> NoReturn:
-        self._sessions.dropped(group.session, self._clock())
-        raise PlacementRejected(rejection)
 
     def _shadow_placement(self, view: RequestView, snapshot: ClusterSnapshot, seed: int) -> Placement | None:
         """What the shadow policy would have decided. Whatever becomes of it, the request goes on."""
@@ -527,21 +533,27 @@ class Orchestrator:
                 self.cluster.answered(receipt.outcome.output_tokens // len(group.sequences))
             group.receipt = receipt
             self.receipts.put(receipt)
-            if not group.awaits_response:
-                self._end_turn(group)
-            self._on_closed(receipt)
+            try:
+                if not group.awaits_response:
+                    self._end_turn(group)
+                self._on_closed(receipt)
+            except Exception:
+                # What is only told of a request must not cost the replica whose report has ended it.
+                log.exception("the end of %s could not be told", receipt.request_id)
         self._membership.let_go_of_leavers()
 
     @staticmethod
     def _has_ended(group: Group) -> bool:
-        return all(sequence.state.stage is Stage.DONE for sequence in group.sequences)
+        return bool(group.sequences) and all(sequence.state.stage is Stage.DONE for sequence in group.sequences)
 
     def _end_turn(self, group: Group) -> None:
         assert group.receipt is not None
-        times = group.receipt.outcome.times_ms
+        outcome = group.receipt.outcome
+        times = outcome.times_ms
         service_ms = (times.prefill_compute or 0.0) + (times.decode_compute or 0.0) + (times.decode or 0.0)
         written = group.sequences[0].written
-        self._sessions.ended(group.session, self._clock(), written, service_ms / 1000, group.tool)
+        is_whole = outcome.status == "finished"
+        self._sessions.ended(group.session, self._clock(), written, service_ms / 1000, group.tool, is_whole=is_whole)
 
     def _start_others(self, group: Group) -> None:
         if group.leader_started:

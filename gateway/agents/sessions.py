@@ -174,9 +174,18 @@ class Sessions:
         session.promised_until_s = math.inf
         self._forget_oldest()
 
-    def ended(self, name: str | None, now_s: float, written: Sequence[int], service_s: float, tool: str | None) -> None:
+    def ended(
+        self,
+        name: str | None,
+        now_s: float,
+        written: Sequence[int],
+        service_s: float,
+        tool: str | None,
+        *,
+        is_whole: bool = True,
+    ) -> None:
         """A turn is over: the session pauses. `written` is its answer, `service_s` the engine time that it took, `tool`
-        the one that the answer has called."""
+        the one that the answer has called. `is_whole`: the answer was not broken off, so its length says something."""
         session = self._sessions.get(name) if name is not None else None
         if name is None or session is None:
             return
@@ -186,8 +195,9 @@ class Sessions:
         trajectory.read_tokens += session.num_prompt_tokens
         trajectory.written_tokens += len(written)
         trajectory.attained_s += service_s
-        session.output_tokens = running_mean(session.output_tokens, len(written))
-        self._answers.learn(session.agent, len(written))
+        if is_whole:
+            session.output_tokens = running_mean(session.output_tokens, len(written))
+            self._answers.learn(session.agent, len(written))
         if session.is_last:
             if not session.num_running:
                 self._forget(name, now_s)

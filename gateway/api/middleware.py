@@ -285,7 +285,10 @@ class ResponseStart:
             with contextlib.suppress(ValueError):
                 context.current.reset(token)
             for told in request.on_end:
-                told(request.tool_called)
+                try:
+                    told(request.tool_called)
+                except Exception:
+                    log.exception("the end of a response of %s could not be told", scope["path"])
 
 
 def _is_certain(held: list[Message], request: context.RequestContext) -> bool:

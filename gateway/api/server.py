@@ -225,12 +225,12 @@ def _add_baton_routes(
         request = _request()
         found = orchestrator.receipts.get(request_id)
         if found and request.may_see(found.request.hints.tenant):
-            return JSONResponse(found.as_json())
+            return JSONResponse(_seen_by(request, found.as_json()))
         # Another tenant's is looked for on, so that not even the time tells that it is there.
         answers = await peers.receipt(request_id)
         for elsewhere in answers.by_gateway.values():
             if elsewhere is not None and (request.is_operators or request.may_see(_tenant_of(elsewhere))):
-                return JSONResponse(elsewhere)
+                return JSONResponse(_seen_by(request, elsewhere))
         if answers.missing:
             message = f"no receipt {request_id} found, but {', '.join(answers.missing)} did not answer: try again"
             return _error(503, message, {"retry-after": "1"})
@@ -250,6 +250,17 @@ def _request() -> context.RequestContext:
     request = context.current.get()
     assert request is not None, "ResponseStart is around every route"
     return request
+
+
+OTHERS_LOAD = ("snapshot", "later", "scores")
+"""What a receipt says of the cluster: load and caches are all tenants'."""
+
+
+def _seen_by(request: context.RequestContext, receipt: dict[str, Any]) -> dict[str, Any]:
+    """A tenant's own receipt, without what it says of others."""
+    if request.is_operators:
+        return receipt
+    return {name: value for name, value in receipt.items() if name not in OTHERS_LOAD}
 
 
 def _tenant_of(receipt: dict[str, Any]) -> str | None:

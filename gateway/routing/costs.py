@@ -61,7 +61,7 @@ FIRST_READ = ReadCost(fixed_s=0.005, token_s=5e-5, pair_s=5e-10)
 FIRST_STEP = StepCost(fixed_s=0.01, request_s=1e-4, context_token_s=3e-8)
 FIRST_HANDOFF = HandoffCost(fixed_s=0.005, block_s=1e-4)
 FIRST_OUTPUT_TOKENS = 256.0
-"""Before the first sample: a model of some 10 billion active parameters on one recent data-centre GPU."""
+"""These four hold before the first sample: a model of some 10 billion active parameters on one data-centre GPU."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,8 @@
 """Owns the fitting of costs: straight lines through measured times, learnt online and never negative. Pure.
 
 Weighted least squares on the relative error: each sample counts 1/y^2, so that short and long prompts are fitted alike,
-and older ones count less with each new one. A few samples' weight is given to the line that holds before the first.
+and older ones count less with each new one. What the samples leave open, because their sizes are all alike, is decided
+by the shape of the line that holds before the first sample, scaled to them.
 """
 
 from collections.abc import Sequence
@@ -21,8 +22,8 @@ from gateway.routing.costs import (
 
 FORGETTING = 0.995
 """What the weight of all earlier samples is multiplied with by each: the last 200 or so count."""
-PRIOR_SAMPLES = 2.0
-"""How many samples the first line weighs in each of its coefficients; it is forgotten like samples are."""
+RIDGE = 0.01
+"""How much the shape of the first line counts beside the samples, in each coefficient."""
 ERROR_SHARE = 0.05
 """Of the last prediction in the mean error."""
 SHORTEST_S = 1e-4
@@ -30,27 +31,22 @@ SHORTEST_S = 1e-4
 OUTPUT_SHARE = 0.02
 """Of the last answer in the mean length of answers."""
 
-READ_SCALES = (1.0, 2_000.0, 2_000.0 * 10_000.0)
-STEP_SCALES = (1.0, 8.0, 8.0 * 4_000.0)
-HANDOFF_SCALES = (1.0, 100.0)
+FEW_SAMPLES = 16
+"""With fewer a decode replica's reading is taken for a prefill replica's: they run the same model."""
 
 
 class Fit:
     """`y = coefficients * x` with all coefficients at least 0."""
 
-    def __init__(self, first: Sequence[float], scales: Sequence[float]) -> None:
-        """`first`: the coefficients before any sample; `scales`: usual sizes of x, which weigh the first line."""
+    def __init__(self, first: Sequence[float]) -> None:
+        """`first`: the coefficients before any sample."""
         self.coefficients = tuple(first)
         self.error: float | None = None
         self.num_samples = 0
-        size = len(first)
-        usual = sum(coefficient * scale for coefficient, scale in zip(first, scales, strict=True)) or SHORTEST_S
-        self._xx = [[0.0] * size for _ in range(size)]
-        self._xy = [0.0] * size
-        for index, (coefficient, scale) in enumerate(zip(first, scales, strict=True)):
-            weight = PRIOR_SAMPLES * (scale / usual) ** 2
-            self._xx[index][index] = weight
-            self._xy[index] = weight * coefficient
+        self._first = tuple(first)
+        self._xx = [[0.0] * len(first) for _ in first]
+        self._xy = [0.0] * len(first)
+        self._firsts = self._first_y = 0.0
 
     def predict(self, x: Sequence[float]) -> float:
         return sum(coefficient * value for coefficient, value in zip(self.coefficients, x, strict=True))
@@ -66,7 +62,20 @@ class Fit:
             for column, other in enumerate(x):
                 xx[column] = FORGETTING * xx[column] + weight * value * other
             self._xy[row] = FORGETTING * self._xy[row] + weight * value * y
-        self.coefficients = _least_squares(self._xx, self._xy)
+        expected = sum(coefficient * value for coefficient, value in zip(self._first, x, strict=True))
+        self._firsts = FORGETTING * self._firsts + weight * expected * expected
+        self._first_y = FORGETTING * self._first_y + weight * expected * y
+        self.coefficients = self._solved()
+
+    def _solved(self) -> tuple[float, ...]:
+        scale = self._first_y / self._firsts if self._firsts else 1.0
+        xx = [list(row) for row in self._xx]
+        xy = list(self._xy)
+        for index, first in enumerate(self._first):
+            ridge = RIDGE * xx[index][index]
+            xx[index][index] += ridge
+            xy[index] += ridge * scale * first
+        return _least_squares(xx, xy)
 
 
 def _least_squares(xx: Sequence[Sequence[float]], xy: Sequence[float]) -> tuple[float, ...]:
@@ -106,11 +115,9 @@ class CostLearner:
     """The costs of both pools, learnt from what reports show of them."""
 
     def __init__(self) -> None:
-        self._reads = {
-            phase: Fit((FIRST_READ.fixed_s, FIRST_READ.token_s, FIRST_READ.pair_s), READ_SCALES) for phase in Phase
-        }
-        self._steps = Fit((FIRST_STEP.fixed_s, FIRST_STEP.request_s, FIRST_STEP.context_token_s), STEP_SCALES)
-        self._handoffs = Fit((FIRST_HANDOFF.fixed_s, FIRST_HANDOFF.block_s), HANDOFF_SCALES)
+        self._reads = {phase: Fit((FIRST_READ.fixed_s, FIRST_READ.token_s, FIRST_READ.pair_s)) for phase in Phase}
+        self._steps = Fit((FIRST_STEP.fixed_s, FIRST_STEP.request_s, FIRST_STEP.context_token_s))
+        self._handoffs = Fit((FIRST_HANDOFF.fixed_s, FIRST_HANDOFF.block_s))
         self._output_tokens = FIRST_OUTPUT_TOKENS
         self._costs: Costs | None = Costs()
 
@@ -118,9 +125,12 @@ class CostLearner:
     def costs(self) -> Costs:
         if self._costs is None:
             step = StepCost(*self._steps.coefficients, error=self._steps.error)
+            prefill, decode = self._reads[Phase.PREFILL], self._reads[Phase.DECODE]
+            if decode.num_samples < min(FEW_SAMPLES, prefill.num_samples):
+                decode = prefill
             pools = [
-                PoolCosts(ReadCost(*fit.coefficients, error=fit.error), step if phase is Phase.DECODE else FIRST_STEP)
-                for phase, fit in self._reads.items()
+                PoolCosts(ReadCost(*fit.coefficients, error=fit.error), fit_step)
+                for fit, fit_step in ((prefill, FIRST_STEP), (decode, step))
             ]
             handoff = HandoffCost(*self._handoffs.coefficients, error=self._handoffs.error)
             self._costs = Costs(pools[0], pools[1], handoff, self._output_tokens)

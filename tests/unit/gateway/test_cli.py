@@ -326,7 +326,7 @@ def test_policy_switches_and_waits_until_every_gateway_has_followed(
     both_old, half, silent, unseen = {"g1": old, "g2": old}, {"g1": old, "g2": new}, {"g1": new}, {"g1": new}
     told = [(both_old, []), (both_old, []), (half, []), (silent, ["g2"]), (unseen, []), ({"g1": new, "g2": new}, [])]
 
-    def look(url: str) -> dict[str, Any]:
+    def look(url: str, api_key: str | None) -> dict[str, Any]:
         gateways, missing = told[len(looks)]
         looks.append({"gateways": gateways, "missing": missing})
         return looks[-1]
@@ -389,7 +389,7 @@ def test_policy_touches_no_run_that_does_not_listen_at_the_url(
     gateway: Gateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gateway.policies = {"gateways": {"g1": in_use("llm-d")}, "missing": []}
-    monkeypatch.setattr(cli.client, "policies", lambda url: gateway.policies)
+    monkeypatch.setattr(cli.client, "policies", lambda url, api_key: gateway.policies)
     assert "no `baton serve` of yours" in complaint(baton("policy", "llm-d", "--url", gateway.url))
     paths = run_dir(tmp_path, gateway, monkeypatch)
     elsewhere = gateway.url.replace("127.0.0.1", "192.0.2.7")

@@ -34,7 +34,10 @@ def test_reading_is_predicted_from_new_tokens_and_context(new: int, length: int)
     learner = CostLearner()
     read_some(learner, READ, 200, noise=0.1)
     assert learner.costs.prefill.read.seconds(new, length) == pytest.approx(READ.seconds(new, length), rel=0.1)
-    assert learner.costs.decode.read == FIRST_READ, "the pools are learnt apart"
+    assert learner.costs.decode.read == learner.costs.prefill.read, "until it is seen there, for it is the same model"
+    for _ in range(20):
+        learner.read(Phase.DECODE, [(1_000, 1_000)], 1.0)
+    assert learner.costs.decode.read != learner.costs.prefill.read
 
 
 def test_the_error_shown_is_that_of_the_last_predictions() -> None:
@@ -83,8 +86,19 @@ samples = st.lists(
 
 @given(samples)
 def test_no_cost_is_negative_whatever_is_measured(measured: list[tuple[int, int, float]]) -> None:
-    fit = Fit((0.01, 1e-5, 1e-9), (1.0, 1e3, 1e6))
+    fit = Fit((0.01, 1e-5, 1e-9))
     for first, second, seconds in measured:
         fit.add((1.0, first, second), seconds)
     assert all(coefficient >= 0 for coefficient in fit.coefficients)
     assert fit.num_samples == len(measured)
+
+
+def test_prompts_of_one_length_leave_the_shape_of_the_line_as_it_was() -> None:
+    """All samples at one size fit any line through that point; the one that is taken must be of use elsewhere."""
+    learner = CostLearner()
+    for _ in range(5_000):
+        learner.read(Phase.PREFILL, [(2_000, 2_000)], 0.2)
+    read = learner.costs.prefill.read
+    first_ratio = FIRST_READ.seconds(20_000, 20_000) / FIRST_READ.seconds(2_000, 2_000)
+    assert read.seconds(2_000, 2_000) == pytest.approx(0.2, rel=0.01)
+    assert read.seconds(20_000, 20_000) == pytest.approx(0.2 * first_ratio, rel=0.05)
