@@ -130,8 +130,8 @@ class Sequence:
 @dataclass(frozen=True)
 class OrchestratorConfig:
     """`has_prefill_pool`: a request that is not split is then degraded. `can_ask`: decode may be asked for what it has
-    cached, and has `ask_timeout_s` to hand it over (docs/adr/0017). `recovery_timeout_s`: how long a request that a fault
-    has displaced waits for a replica.
+    cached, and has `ask_timeout_s` to hand it over (docs/adr/0017). `recovery_timeout_s`: how long a request that a
+    fault has displaced waits for a replica.
     `rank` orders what waits for an engine (`gateway.routing.order`).
     `drop_logprobs(logprobs, n)` leaves out the first n tokens of a delta's logprobs and those of the prompt. For the
     rest see `MembershipConfig`."""
