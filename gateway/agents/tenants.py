@@ -37,9 +37,6 @@ def key_sha256(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
 
-_RANK = {priority: rank for rank, priority in enumerate(Priority)}
-
-
 @dataclass(frozen=True, slots=True)
 class Tenant:
     """`key_digests` are the SHA-256 of its keys. `operator`: it sees what concerns all tenants. Limits are of all
@@ -63,7 +60,7 @@ class Tenant:
         """The hints of a request of this tenant: no claim above its limits, and no name of another's session."""
         capped: list[str] = []
         priority, deadline_s = hints.priority, hints.ttft_deadline_s
-        if _RANK[priority] > _RANK[self.max_priority]:
+        if priority.urgency > self.max_priority.urgency:
             priority = self.max_priority
             capped.append(f"priority {hints.priority} to {priority}")
         if deadline_s is not None:

@@ -9,8 +9,6 @@ MAX_DEPTH = 8
 MAX_SESSIONS = 1000
 """Of one trajectory. Further children are roots of their own."""
 
-URGENCY = {priority: rank for rank, priority in enumerate((Priority.LOW, Priority.NORMAL, Priority.HIGH))}
-
 
 @dataclass(slots=True)
 class Trajectory:
@@ -72,6 +70,6 @@ class Member:
     def inherited(self) -> tuple[Priority | None, float | None]:
         """The highest priority and the shortest deadline among those that wait."""
         waiting = list(self.waiting())
-        priority = max((member.priority for member in waiting), key=URGENCY.__getitem__, default=None)
+        priority = max((member.priority for member in waiting), key=lambda p: p.urgency, default=None)
         deadlines = [member.ttft_deadline_s for member in waiting if member.ttft_deadline_s is not None]
         return priority, min(deadlines, default=None)

@@ -99,7 +99,7 @@ class _Decision:
         self._request = request
         self._snapshot = snapshot
         self._rng = rng
-        self._output_tokens = min(request.expected_output_tokens(snapshot.costs.output_tokens), request.max_tokens)
+        self._output_tokens = request.expected_output_tokens(snapshot.costs.output_tokens)
         self._output_tokens *= request.num_choices
 
     def placement(self) -> Placement:

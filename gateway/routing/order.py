@@ -23,12 +23,10 @@ LONG_SERVICE_S = 1024.0
 LONGEST_DEADLINE_S = 60.0
 """Later usual deadlines do not put off any further."""
 
-CLASSES = {Priority.HIGH: 0, Priority.NORMAL: 1, Priority.LOW: 2}
-
 
 def starvation_s(usual_deadline_s: float) -> float:
     """The longest that a request is put off."""
-    return (len(CLASSES) * CLASS_SHARE) * min(usual_deadline_s, LONGEST_DEADLINE_S)
+    return (len(Priority) * CLASS_SHARE) * min(usual_deadline_s, LONGEST_DEADLINE_S)
 
 
 def rank_ms(request: RequestView, arrived_s: float, read_s: float, usual_deadline_s: float) -> int:
@@ -42,5 +40,5 @@ def rank_ms(request: RequestView, arrived_s: float, read_s: float, usual_deadlin
         used_s = request.waited_s + read_s
         slack = max(request.deadline_s - used_s, 0.0) / (usual_s - used_s) if used_s < usual_s else 0.0
     service = math.log2(1 + min(request.attained_s, LONG_SERVICE_S)) / math.log2(1 + LONG_SERVICE_S)
-    put_off = CLASSES[request.urgency] + SLACK_SHARE * slack + (1 - SLACK_SHARE) * service
+    put_off = Priority.HIGH.urgency - request.priority.urgency + SLACK_SHARE * slack + (1 - SLACK_SHARE) * service
     return round((arrived_s + class_s * put_off) * 1000)

@@ -16,6 +16,11 @@ class Priority(enum.StrEnum):
     NORMAL = "normal"
     HIGH = "high"
 
+    @property
+    def urgency(self) -> int:
+        """0 for the lowest."""
+        return tuple(Priority).index(self)
+
 
 class Cause(enum.StrEnum):
     """Why a request is refused, as metrics count it. Those of load are 429; where something is missing it is 503."""
@@ -170,10 +175,10 @@ class RequestView:
         return min(told or usual, self.max_tokens)
 
     @property
-    def urgency(self) -> Priority:
+    def priority(self) -> Priority:
         """Its own class, or that of an ancestor that waits for it."""
         inherited = self.session.inherited_priority if self.session else None
-        return max(self.hints.priority, inherited or self.hints.priority, key=list(Priority).index)
+        return max(self.hints.priority, inherited or self.hints.priority, key=lambda priority: priority.urgency)
 
     @property
     def deadline_s(self) -> float | None:
