@@ -1,13 +1,13 @@
 """Owns the command line of the benchmarks: `python -m bench COMMAND`"""
 
+import importlib
 import signal
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
-import msgspec
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -17,7 +17,6 @@ from bench.results import (
     EngineKind,
     Ledger,
     Plan,
-    Report,
     cpu_table,
     gather_setting,
     latency_table,
@@ -42,7 +41,6 @@ from gateway.runtime.local import base_dir
 from gateway.settings import ConfigError, Settings, load
 
 if TYPE_CHECKING:
-    from bench.decisions_report import DecisionsReport
     from bench.overhead import PromptMaker
 
 FULL = Plan(
@@ -153,7 +151,7 @@ def overhead(
         chosen = [make_system(name, settings, config) for name in plan.systems]
     except (ConfigError, ValueError) as error:
         _fail(str(error))
-    draw = _drawing(plot_file)
+    draw = _drawing(plot_file, "plot")
     _heal(console)
 
     # These import vLLM's dependencies, which take seconds.
@@ -211,7 +209,6 @@ def streams(
     # These import aiohttp, and what the gateway's client needs; `--help` has no use for them.
     from bench.stream_report import TARGETS as STREAM_TARGETS
     from bench.stream_report import StreamsPlan, StreamsReport, table
-    from bench.stream_report import write_json as write_streams_json
     from bench.streams import (
         StreamsExperiment,
         config_file,
@@ -259,7 +256,7 @@ def streams(
             console.print("[yellow]interrupted; everything that was started is stopped[/]")
     report = experiment.report
     if json_file is not None:
-        write_streams_json(report, json_file)
+        write_json(report, json_file)
     console.print(table(report))
     missed = _num_missed(console, STREAM_TARGETS, report) if check else 0
     _end(report.complete or start_failed, missed or start_failed)
@@ -286,7 +283,6 @@ def overload(
     """Ask for far more than there is capacity for, and see what is answered in time and how the rest is refused."""
     console = _console()
     from bench.overload_report import OverloadPlan, OverloadReport, table, targets
-    from bench.overload_report import write_json as write_overload_json
 
     if engine is EngineKind.SIMULATED:
         preset = OverloadPlan(engine, 2.0, 5.0, overload_s=600.0, capacity_s=120.0, normal_s=60.0)
@@ -329,7 +325,7 @@ def overload(
     except KeyboardInterrupt:
         console.print("[yellow]interrupted; everything that was started is stopped[/]")
     if json_file is not None:
-        write_overload_json(report, json_file)
+        write_json(report, json_file)
     if report.scenarios or report.live:
         console.print(table(report))
     for error in report.live.errors if report.live else ():
@@ -354,7 +350,6 @@ def soak(
 
     from bench.soak import FULL_WORLD_REQUESTS, QUICK_REQUESTS, Progress, run
     from bench.soak_report import FULL_REQUESTS, SoakPlan, evaluate, table, targets
-    from bench.soak_report import write_json as write_soak_json
     from bench.world import WorldResult
 
     plan = SoakPlan(
@@ -369,7 +364,7 @@ def soak(
         progress(result)
         if json_file is not None:
             so_far = evaluate(plan, setting, results, time.monotonic() - began_s, complete=False)
-            write_soak_json(so_far, json_file)
+            write_json(so_far, json_file)
 
     _interrupt_once()
     complete = False
@@ -380,7 +375,7 @@ def soak(
         console.print("[yellow]interrupted; the worlds that had not ended are left out[/]")
     report = evaluate(plan, setting, results, time.monotonic() - began_s, complete=complete)
     if json_file is not None:
-        write_soak_json(report, json_file)
+        write_json(report, json_file)
     console.print(table(report))
     console.print(escape(report.claim), soft_wrap=True)
     missed = _num_missed(console, targets(plan), report) if check else 0
@@ -439,7 +434,7 @@ def faults(
         complete, str(config), experiment.cold_start_s, tuple(case.name for case in planned), done, setting
     )
     if json_file is not None:
-        json_file.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1))
+        write_json(report, json_file)
     console.print(table(done))
     missed = 0
     if check:
@@ -467,7 +462,6 @@ def rolling(
 
     from bench.rolling import RollingUpdate
     from bench.rolling_report import RollingPlan, num_replicas, table, targets
-    from bench.rolling_report import write_json as write_rolling_json
 
     try:
         settings = load(config)
@@ -489,7 +483,7 @@ def rolling(
         console.print("[yellow]interrupted; everything that was started is stopped[/]")
     report = experiment.report
     if json_file is not None:
-        write_rolling_json(report, json_file)
+        write_json(report, json_file)
     console.print(table(report))
     for trouble in report.troubles:
         console.print(f"[red]{escape(str(trouble))}[/]", soft_wrap=True)
@@ -509,7 +503,6 @@ def decisions(
     console = _console()
     from bench import decisions as experiment
     from bench.decisions_report import DecisionsPlan, DecisionsReport, tables, targets
-    from bench.decisions_report import write_json as write_decisions_json
     from gateway.routing.policies import POLICIES
 
     names = _names(policies) or tuple(POLICIES)
@@ -518,7 +511,7 @@ def decisions(
     plan = DecisionsPlan(names)
     if quick:
         plan = replace(plan, requests=(500, 2_000), replicas=(2, 256), decisions=300)
-    draw = _drawing_decisions(plot)
+    draw = _drawing(plot, "decisions_plot")
     report = DecisionsReport(False, plan, gather_setting())
     _interrupt_once()
     try:
@@ -539,7 +532,7 @@ def decisions(
     except KeyboardInterrupt:
         console.print("[yellow]interrupted; what is measured is kept[/]")
     if json_file is not None:
-        write_decisions_json(report, json_file)
+        write_json(report, json_file)
     if draw is not None and plot is not None:
         draw(report, plot)
     for table_ in tables(report):
@@ -567,7 +560,6 @@ def agents(
     from bench.agents import AgentsExperiment
     from bench.agents_report import TARGETS as AGENTS_TARGETS
     from bench.agents_report import AgentsPlan, ratio_lines, table
-    from bench.agents_report import write_json as write_agents_json
     from gateway.client import GatewayError
     from gateway.routing.policies import POLICIES
     from gateway.runtime.control import OrderFailed
@@ -588,7 +580,7 @@ def agents(
 
     def save() -> None:
         if json_file is not None:
-            write_agents_json(experiment.report, json_file)
+            write_json(experiment.report, json_file)
 
     _interrupt_once()
     start_failed = False
@@ -624,7 +616,6 @@ def reverse(
 
     from bench.reverse import ReverseExperiment
     from bench.reverse_report import FULL_CELLS, QUICK_CELLS, ReversePlan, make_report, table
-    from bench.reverse_report import write_json as write_reverse_json
     from engine.protocol import EngineGoneError
 
     try:
@@ -647,7 +638,7 @@ def reverse(
         console.print("[yellow]interrupted; the engines are stopped, and what is done is kept[/]")
     report = make_report(plan, gather_setting(), experiment.trials, complete)
     if json_file is not None:
-        write_reverse_json(report, json_file)
+        write_json(report, json_file)
     console.print(table(report))
     _end(complete or failed, failed or any(one.differing for one in report.medians))
 
@@ -705,13 +696,12 @@ def replay(
     from bench.replay import REPLAYED
     from bench.replay_experiment import Experiment as ReplayExperiment
     from bench.replay_plan import Shape
-    from bench.replay_plot import draw as draw_replay
     from bench.replay_report import ReplayPlan, ReplayReport, goodput_table, run_tables, targets
-    from bench.replay_report import write_json as write_replay_json
     from bench.traces import TraceError
     from engine.roofline import ROOFLINES
     from gateway.routing.policies import POLICIES
 
+    draw = _drawing(plot, "replay_plot")
     if unknown := [name for name in _names(policies) if name not in REPLAYED]:
         _fail(f"--policies names {', '.join(unknown)}; there are {', '.join(REPLAYED)}")
     if model not in ROOFLINES:
@@ -738,7 +728,7 @@ def replay(
 
     def save(report: ReplayReport) -> None:
         if json_file is not None:
-            write_replay_json(report, json_file)
+            write_json(report, json_file)
 
     try:
         experiment = ReplayExperiment(
@@ -764,8 +754,8 @@ def replay(
         console.print(table)
     for failure in report.failed:
         console.print(f"[red]failed:[/] {escape(str(failure.plan))}: {escape(failure.error)}", soft_wrap=True)
-    if plot is not None:
-        draw_replay(report, plot)
+    if draw is not None and plot is not None:
+        draw(report, plot)
     missed = _num_missed(console, targets(plan), report) if check else 0
     _end(report.complete, missed or report.failed)
 
@@ -806,28 +796,14 @@ class _InterruptOnce:
             raise KeyboardInterrupt
 
 
-def _drawing(plot_file: Path | None) -> Callable[[Report, Path], None] | None:
+def _drawing(plot_file: Path | None, module: str) -> Callable[[Any, Path], None] | None:
+    """What draws a report of the experiment whose pictures this module of `bench` owns."""
     if plot_file is None:
         return None
     try:
-        from bench.plot import draw
+        return importlib.import_module(f"bench.{module}").draw
     except ImportError as error:
-        _no_plot(error)
-    return draw
-
-
-def _drawing_decisions(plot_file: Path | None) -> "Callable[[DecisionsReport, Path], None] | None":
-    if plot_file is None:
-        return None
-    try:
-        from bench.decisions_plot import draw
-    except ImportError as error:
-        _no_plot(error)
-    return draw
-
-
-def _no_plot(error: ImportError) -> NoReturn:
-    _fail(f"--plot needs {error.name}; install the extra `bench` (pip install '.[bench]') or leave --plot out")
+        _fail(f"--plot needs {error.name}; install the extra `bench` (pip install '.[bench]') or leave --plot out")
 
 
 def _names(text: str) -> tuple[str, ...]:

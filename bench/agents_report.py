@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean, median, quantiles
 
 import msgspec
 from rich import box
 from rich.table import Table
 
-from bench.results import Setting, write_whole
+from bench.results import Setting
 from bench.targets import ReportTarget
 
 LEAST_EXACT = 0.95
@@ -248,10 +247,6 @@ TARGETS: tuple[ReportTarget[AgentsReport], ...] = (
 
 
 # -- output
-
-
-def write_json(report: AgentsReport, path: Path) -> None:
-    write_whole(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n", path)
 
 
 def table(report: AgentsReport) -> Table:

@@ -1,13 +1,11 @@
 """Owns what `bench decisions` leaves behind: its plan, figures, targets, the JSON file, tables and the plot."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
-import msgspec
 from rich import box
 from rich.table import Table
 
-from bench.results import Setting, write_whole
+from bench.results import Setting
 from bench.stats import Percentiles
 from bench.targets import ReportTarget
 
@@ -123,8 +121,3 @@ def tables(report: DecisionsReport) -> list[Table]:
         figures = (one.request_ms, one.first_tenth_ms, one.last_tenth_ms)
         load.add_row(str(one.replicas), f"{one.requests:,}", *(f"{figure:.3f}" for figure in figures))
     return [decisions, load]
-
-
-def write_json(report: DecisionsReport, path: Path) -> None:
-    """Raises OSError."""
-    write_whole(msgspec.json.format(msgspec.json.encode(report), indent=1), path)

@@ -4,13 +4,11 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import msgspec
 from rich import box
 from rich.table import Table
 
-from bench.results import EngineKind, Setting, write_whole
+from bench.results import EngineKind, Setting
 from bench.stats import Percentiles, percentiles
 from bench.targets import ReportTarget
 from gateway.routing.types import Priority
@@ -239,10 +237,6 @@ LIVE_TARGETS = (
 
 def targets(engine: EngineKind) -> tuple[OverloadTarget, ...]:
     return LIVE_TARGETS if engine is EngineKind.VLLM else SIMULATED_TARGETS
-
-
-def write_json(report: OverloadReport, path: Path) -> None:
-    write_whole(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n", path)
 
 
 def table(report: OverloadReport) -> Table:

@@ -29,7 +29,7 @@ from engine.simulated import SimulatedEngine, SimulatedEngineConfig, SimulatedFa
 from engine.worker import Worker
 from gateway.orchestrator import Orchestrator, OrchestratorConfig, PlacementRejected, SequenceRequest
 from gateway.routing.admission import AdmissionConfig
-from gateway.routing.joint import ABLATIONS, Joint
+from gateway.routing.joint import NAME, Joint
 from gateway.routing.order import rank_ms
 from gateway.routing.policies import POLICIES, Policy
 from gateway.routing.receipts import Receipt, ReceiptStore
@@ -43,9 +43,17 @@ LONGEST_WAIT_S = 7200.0
 MAX_IN_FLIGHT = 100_000
 
 
-WITHOUT_ORDER = "baton-without-order"
-REPLAYED: Mapping[str, Policy] = {**POLICIES, **ABLATIONS, WITHOUT_ORDER: Joint(name=WITHOUT_ORDER)}
-"""By name: what is shipped, and what shows the worth of its parts."""
+WITHOUT_ORDER = f"{NAME}-without-order"
+ABLATIONS = (
+    Joint(affinity=False, name=f"{NAME}-without-affinity"),
+    Joint(joint=False, name=f"{NAME}-without-joint-choice"),
+    Joint(conditional_split=False, name=f"{NAME}-without-conditional-split"),
+    Joint(keeps_promised=False, name=f"{NAME}-without-pauses"),
+    Joint(name=WITHOUT_ORDER),
+)
+"""The policy without one of its parts each, to show what the part is worth."""
+
+REPLAYED: Mapping[str, Policy] = {**POLICIES, **{policy.name: policy for policy in ABLATIONS}}
 
 
 def first_come(request: RequestView, arrived_s: float, read_s: float, usual_deadline_s: float) -> int:

@@ -5,13 +5,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import msgspec
 from rich import box
 from rich.table import Table
 
 from bench.replay_plan import SLO, RunFigures, RunPlan, Shape
 from bench.replay_search import Failed, Goodput
-from bench.results import Setting, write_whole
+from bench.results import Setting
 from bench.stats import Percentiles
 from bench.targets import ReportTarget
 
@@ -167,10 +166,6 @@ def targets(plan: ReplayPlan) -> Iterator[ReportTarget[ReplayReport]]:
             lambda report, path=path: report.headroom_ratio(path),
             HEADROOM_LIMIT,
         )
-
-
-def write_json(report: ReplayReport, path: Path) -> None:
-    write_whole(msgspec.json.format(msgspec.json.encode(report)), path)
 
 
 def run_line(figures: RunFigures) -> str:

@@ -216,7 +216,8 @@ def _cpu_model() -> str:
     return platform.machine()
 
 
-def write_json(report: Report, path: Path) -> None:
+def write_json(report: object, path: Path) -> None:
+    """Any experiment's report. Raises OSError."""
     write_whole(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n", path)
 
 

@@ -3,14 +3,12 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path
 from statistics import median
 
-import msgspec
 from rich import box
 from rich.table import Table
 
-from bench.results import Setting, write_whole
+from bench.results import Setting
 
 
 class Source(StrEnum):
@@ -190,7 +188,3 @@ def table(report: ReverseReport) -> Table:
         )
         last = one.cell
     return shown
-
-
-def write_json(report: ReverseReport, path: Path) -> None:
-    write_whole(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n", path)

@@ -3,16 +3,14 @@
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import msgspec
 from rich import box
 from rich.table import Table
 
 from bench.fault_asks import Answer, End, difference
 from bench.fault_report import KV_BACK_S, ReceiptFacts
 from bench.fault_view import Views, replicas_of
-from bench.results import Setting, write_whole
+from bench.results import Setting
 from bench.targets import ReportTarget
 from gateway.settings import PoolSettings, Settings
 
@@ -364,7 +362,3 @@ def table(report: RollingReport) -> Table:
 
 def _shown(seconds: float | None) -> str:
     return "" if seconds is None else f"{seconds:.1f} s"
-
-
-def write_json(report: RollingReport, path: Path) -> None:
-    write_whole(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n", path)

@@ -3,13 +3,11 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 
-import msgspec
 from rich import box
 from rich.table import Table
 
-from bench.results import Setting, write_whole
+from bench.results import Setting
 from bench.targets import ReportTarget
 from bench.world import Counts, WorldResult
 
@@ -120,10 +118,6 @@ def total(parts: Sequence[Counts]) -> Counts:
         else:
             setattr(summed, spec.name, sum(values))
     return summed
-
-
-def write_json(report: SoakReport, path: Path) -> None:
-    write_whole(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n", path)
 
 
 class SoakTarget(ReportTarget[SoakReport]):

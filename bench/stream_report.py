@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import msgspec
 from rich import box
@@ -11,7 +10,7 @@ from rich.table import Table
 
 from bench.client import read_tokens
 from bench.lateness import StreamClock
-from bench.results import Setting, write_whole
+from bench.results import Setting
 from bench.stats import Percentiles, percentiles
 from bench.targets import ReportTarget
 
@@ -199,10 +198,6 @@ TARGETS = (
     ),
     StreamTarget("requests left when all clients have gone", lambda report: report.left_in_flight, 0),
 )
-
-
-def write_json(report: StreamsReport, path: Path) -> None:
-    write_whole(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n", path)
 
 
 def table(report: StreamsReport) -> Table:

@@ -67,8 +67,8 @@ def admit(
     With a deadline of the client's own, what is predicted must fit its budget. With the configuration's, the prompt's
     own reading counts for at most half of it: no prompt is too long to be taken while there is little before it.
     """
-    decode = _view(snapshot.decode, placement.decode)
-    reader = _view(snapshot.prefill, placement.prefill) if placement.prefill is not None else decode
+    decode = snapshot.decode_view(placement.decode)
+    reader = snapshot.prefill_view(placement.prefill) if placement.prefill is not None else decode
     if (queued := _longest_queue(request, reader, decode)) >= config.max_queued_requests_per_replica:
         reason = f"{queued} requests wait for their replica already"
         return Rejection(TOO_MANY_REQUESTS, reason, config.max_retry_after_s, Cause.QUEUE_FULL)
@@ -91,10 +91,6 @@ def admit(
     )
     retry_after_s = _retry_after_s(queue_s - allowed_queue_s, slot_wait_s - budget_s, queue_s, config)
     return Rejection(TOO_MANY_REQUESTS, reason, retry_after_s, Cause.DEADLINE)
-
-
-def _view(pool: tuple[ReplicaView, ...], replica_id: str) -> ReplicaView:
-    return next(view for view in pool if view.replica_id == replica_id)
 
 
 def _longest_queue(request: RequestView, reader: ReplicaView, decode: ReplicaView) -> int:

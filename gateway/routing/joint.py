@@ -79,18 +79,6 @@ class Joint:
         return _Decision(self, request, snapshot, rng).placement()
 
 
-ABLATIONS = {
-    policy.name: policy
-    for policy in (
-        Joint(affinity=False, name=f"{NAME}-without-affinity"),
-        Joint(joint=False, name=f"{NAME}-without-joint-choice"),
-        Joint(conditional_split=False, name=f"{NAME}-without-conditional-split"),
-        Joint(keeps_promised=False, name=f"{NAME}-without-pauses"),
-    )
-}
-"""The policy without one of its parts each, for experiments that ask what the part is worth."""
-
-
 class _Decision:
     """One placement."""
 
@@ -104,9 +92,10 @@ class _Decision:
 
     def placement(self) -> Placement:
         request, snapshot, policy = self._request, self._snapshot, self._policy
-        decodes = self._candidates(snapshot.decode, lambda view: view.in_flight_tokens)
-        if not policy.joint:
-            decodes = [min(snapshot.decode, key=lambda view: view.in_flight_tokens)]
+        if policy.joint:
+            decodes = self._candidates(snapshot.decode, _tokens_in_flight)
+        else:
+            decodes = [min(snapshot.decode, key=_tokens_in_flight)]
         written = {view.replica_id: self._writing(view) for view in decodes}
         local = [self._reading_itself(view, written[view.replica_id]) for view in decodes]
         scores = {f"{cost.replica_id} alone": cost.total_s for cost in local}
@@ -134,15 +123,15 @@ class _Decision:
     def _reading(self, view: ReplicaView, asked: ReplicaView | None) -> Cost:
         """On a prefill replica, which fetches from the one that is asked what it has not cached if that costs less."""
         costs, num_tokens = self._snapshot.costs, self._request.num_prompt_tokens
-        wait_s = max(view.read_until_s - self._snapshot.now_s, 0.0)
+        wait_s = self._snapshot.read_wait_s(view)
         read_s = self._read_s(costs.prefill.read, view)
         alone = Cost(view.replica_id, wait_s + read_s, read_s * view.in_flight_requests, lost_s=0.0)
         if asked is None or (num_asked := self._askable(asked)) <= (num_cached := self._cached(view)):
             return alone
-        num_blocks = (num_asked - num_cached) / max(asked.block_size_tokens, 1)
+        num_blocks = asked.blocks_of(num_asked - num_cached)
         # An engine computes the last block of what it is asked for, although it has it cached.
         ask_s = costs.decode.read.seconds(asked.block_size_tokens, num_asked)
-        asked_wait_s = max(asked.read_until_s - self._snapshot.now_s, 0.0) + self._room_s(asked, num_asked, 1)
+        asked_wait_s = self._snapshot.read_wait_s(asked) + self._room_s(asked, num_asked, 1)
         rest_s = costs.prefill.read.seconds(num_tokens - num_asked, num_tokens)
         own_s = asked_wait_s + ask_s + wait_s + costs.handoff.seconds(num_blocks) + rest_s
         others_s = rest_s * view.in_flight_requests + ask_s * asked.in_flight_requests
@@ -151,7 +140,7 @@ class _Decision:
 
     def _reading_itself(self, view: ReplicaView, written: Cost) -> Cost:
         """On a decode replica that answers too."""
-        wait_s = max(view.read_until_s - self._snapshot.now_s, 0.0)
+        wait_s = self._snapshot.read_wait_s(view)
         read_s = self._read_s(self._snapshot.costs.decode.read, view)
         return Cost(
             view.replica_id,
@@ -162,8 +151,7 @@ class _Decision:
 
     def _fetching(self, view: ReplicaView, written: Cost) -> Cost:
         """On a decode replica that fetches the hand-off."""
-        num_tokens = self._request.num_prompt_tokens - self._cached(view)
-        num_blocks = num_tokens / max(view.block_size_tokens, 1)
+        num_blocks = view.blocks_of(self._request.num_prompt_tokens - self._cached(view))
         fetch_s = self._snapshot.costs.handoff.seconds(num_blocks)
         return Cost(view.replica_id, written.own_s + fetch_s, written.others_s, written.lost_s)
 
@@ -243,6 +231,10 @@ class _Decision:
             scores.update((cost.replica_id, cost.total_s) for cost in costs)
         lowest_s = min(cost.total_s for cost in costs)
         return self._rng.choice([cost for cost in costs if cost.total_s == lowest_s])
+
+
+def _tokens_in_flight(view: ReplicaView) -> float:
+    return view.in_flight_tokens
 
 
 def _words(cost: Cost) -> str:

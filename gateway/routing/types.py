@@ -110,6 +110,10 @@ class ReplicaView(msgspec.Struct, frozen=True):
     read_until_s: float = 0.0
     promised_tokens: float = 0.0
 
+    def blocks_of(self, num_tokens: float) -> float:
+        """How many of its KV blocks so many tokens fill."""
+        return num_tokens / max(self.block_size_tokens, 1)
+
 
 @dataclass(frozen=True, slots=True)
 class ClusterSnapshot:
@@ -133,6 +137,16 @@ class ClusterSnapshot:
             decode=tuple(view for view in self.decode if view.replica_id not in replica_ids),
         )
 
+    def prefill_view(self, replica_id: str) -> ReplicaView:
+        return _view(self.prefill, replica_id)
+
+    def decode_view(self, replica_id: str) -> ReplicaView:
+        return _view(self.decode, replica_id)
+
+    def read_wait_s(self, view: ReplicaView) -> float:
+        """Until a replica has read the prompts that wait there, as predicted."""
+        return max(view.read_until_s - self.now_s, 0.0)
+
     def cached(self, replica_id: str | None) -> int:
         """Tokens of the request's prompt that a replica has cached."""
         return self.cached_tokens.get(replica_id or "", 0)
@@ -146,6 +160,10 @@ class ClusterSnapshot:
         # What is cached are full blocks: then the prompt is, too.
         view = next((view for view in self.decode if view.replica_id == replica_id), None)
         return max(num_prompt_tokens - view.block_size_tokens, 0) if view else 0
+
+
+def _view(pool: tuple[ReplicaView, ...], replica_id: str) -> ReplicaView:
+    return next(view for view in pool if view.replica_id == replica_id)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,19 +1,15 @@
 """Engines that hand over in both directions: prefill fetches from decode what a session has cached there."""
 
 import time
-from dataclasses import replace
 
 import msgspec
 import pytest
-from vllm.sampling_params import SamplingParams
 
 from engine.ports import free_ports
 from engine.protocol import KVHandoff, Phase, PrefillFacts
-from engine.vllm_codec import SamplingPayload, encode_sampling
-from engine.vllm_engine import VllmEngine
 from tests.engine.contract import Answer, Bench, EngineContract, ReverseContract
-from tests.engine.local_cluster import BLOCK, engine_config
-from tests.engine.test_vllm_contract import BYTES_PER_TOKEN, VllmPair
+from tests.engine.local_cluster import BLOCK
+from tests.engine.test_vllm_contract import running_pair
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(300)]
 MOVED = "-moved"
@@ -22,18 +18,8 @@ MOVED = "-moved"
 
 @pytest.fixture(scope="module")
 async def pair():
-    changes = {"max_model_len": 2048, "kv_cache_memory_bytes": 160 * BLOCK * BYTES_PER_TOKEN}
-    configs = [engine_config(f"{phase}-0", phase, core, **changes) for core, phase in enumerate(Phase)]
-    prefill = await VllmEngine.start(replace(configs[0], reverse=True))
-    try:
-        decode = await VllmEngine.start(replace(configs[1], reverse=True))
-    except BaseException:
-        await prefill.shutdown()
-        raise
-    greedy = SamplingParams(temperature=0.0, ignore_eos=True, detokenize=False)
-    yield VllmPair(prefill, decode, encode_sampling(SamplingPayload(greedy)))
-    await prefill.shutdown()
-    await decode.shutdown()
+    async with running_pair(reverse=True) as engines:
+        yield engines
 
 
 async def first_turn(bench: Bench, num_prompt_tokens: int, num_answer_tokens: int, seed: int) -> list[int]:

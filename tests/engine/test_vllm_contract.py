@@ -2,7 +2,8 @@
 
 import random
 import time
-from dataclasses import dataclass
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
 
 import msgspec
 import pytest
@@ -30,13 +31,17 @@ class VllmPair:
         return [rng.randrange(20, 1500) for _ in range(n_tokens)]
 
 
-@pytest.fixture(scope="module")
-async def pair():
+@asynccontextmanager
+async def running_pair(*, reverse: bool):
     # A cache that a test can fill: twice the blocks of the longest request and more.
     changes = {"max_model_len": 2048, "kv_cache_memory_bytes": 160 * BLOCK * BYTES_PER_TOKEN}
-    prefill = await VllmEngine.start(engine_config("prefill-0", Phase.PREFILL, core=0, **changes))
+    configs = [
+        replace(engine_config(f"{phase}-0", phase, core, **changes), reverse=reverse)
+        for core, phase in enumerate(Phase)
+    ]
+    prefill = await VllmEngine.start(configs[0])
     try:
-        decode = await VllmEngine.start(engine_config("decode-0", Phase.DECODE, core=1, **changes))
+        decode = await VllmEngine.start(configs[1])
     except BaseException:
         await prefill.shutdown()
         raise
@@ -44,6 +49,12 @@ async def pair():
     yield VllmPair(prefill, decode, encode_sampling(SamplingPayload(greedy)))
     await prefill.shutdown()
     await decode.shutdown()
+
+
+@pytest.fixture(scope="module")
+async def pair():
+    async with running_pair(reverse=False) as engines:
+        yield engines
 
 
 class TestVllmEngine(EngineContract):

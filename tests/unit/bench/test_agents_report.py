@@ -17,9 +17,8 @@ from bench.agents_report import (
     evaluate,
     ratio_lines,
     table,
-    write_json,
 )
-from bench.results import Setting
+from bench.results import Setting, write_json
 from gateway.routing.predict import Prediction
 from tests.unit.gateway.test_replay import receipt as a_receipt
 

@@ -23,9 +23,8 @@ from bench.overload_report import (
     table,
     targets,
     ttft_ms,
-    write_json,
 )
-from bench.results import EngineKind, Setting
+from bench.results import EngineKind, Setting, write_json
 from bench.stats import Percentiles
 from gateway.routing.types import Priority
 

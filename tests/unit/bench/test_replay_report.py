@@ -8,9 +8,9 @@ import pytest
 
 from bench.replay_plan import RunFigures, RunPlan, Shape, TrajectoryResult, TurnResult, figures
 from bench.replay_plot import draw
-from bench.replay_report import ReplayPlan, ReplayReport, TraceFigures, goodput_table, run_tables, targets, write_json
+from bench.replay_report import ReplayPlan, ReplayReport, TraceFigures, goodput_table, run_tables, targets
 from bench.replay_search import Goodput
-from bench.results import gather_setting
+from bench.results import gather_setting, write_json
 
 TRACE = "some/trace"
 SPLIT, AGGREGATED = Shape(2, 2), Shape(0, 4)

@@ -11,7 +11,7 @@ import pytest
 from bench.fault_asks import Answer, Choice, End
 from bench.fault_report import ReceiptFacts
 from bench.fault_view import GatewayView, InfoView, LoadView, ReplicaView
-from bench.results import Setting
+from bench.results import Setting, write_json
 from bench.rolling_report import (
     Asked,
     Observed,
@@ -26,7 +26,6 @@ from bench.rolling_report import (
     ready_replicas,
     table,
     targets,
-    write_json,
 )
 from gateway.settings import load
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from bench.results import Setting
-from bench.soak_report import SoakPlan, SoakReport, claim, evaluate, table, targets, total, write_json
+from bench.results import Setting, write_json
+from bench.soak_report import SoakPlan, SoakReport, claim, evaluate, table, targets, total
 from bench.world import Counts, WorldResult
 
 SETTING = Setting("2026-11-24T00:00:00+00:00", {}, "", False, "cpu", 2, 8.0)

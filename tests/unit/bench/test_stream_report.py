@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from bench.lateness import StreamClock
+from bench.results import write_json
 from bench.stream_report import (
     TARGETS,
     Part,
@@ -18,7 +19,6 @@ from bench.stream_report import (
     Window,
     evaluate,
     table,
-    write_json,
 )
 from engine.simulated import TokenRule
 from tests.unit.bench.fake_server import event
