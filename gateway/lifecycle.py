@@ -77,7 +77,8 @@ class SequenceState:
 
     `resumable`: an engine that is given prompt and answer so far goes on exactly as the one that is lost; otherwise the
     answer is written anew from its first token and compared. `lost` are the replicas that have failed it.
-    `handoff` is what the decode replica was sent and has not told the fetch of. `ask` is the decode replica that is
+    `handoff` is what the decode replica was sent and has not told the fetch of, `given_up` what it could not fetch and
+    keeps until its request ends. `ask` is the decode replica that is
     asked for what it has cached, `source` the hand-off of it that prefill was sent and has not told the end of.
     """
 
@@ -90,6 +91,7 @@ class SequenceState:
     num_placements: int = 1
     has_written: bool = False
     handoff: KVHandoff | None = None
+    given_up: KVHandoff | None = None
     ask: str | None = None
     source: KVHandoff | None = None
     lost: frozenset[str] = frozenset()
@@ -447,11 +449,13 @@ def _while_decoding(state: SequenceState, event: Event) -> Transition:
             return state, (Release(handoff),)
         case PullFailed():
             what = f"{state.decode} could not fetch the hand-off of {state.prefill}"
+            state = replace(state, handoff=None, given_up=state.handoff)
             return _with_fault(state, FaultKind.PULL_FAILED, what, "it has read the prompt itself"), ()
         case SubmitFailed(state.decode, refused=True) as refusal:
             return _failed(replace(state, handoff=None), FaultKind.DECODE_REFUSED, _words(refusal))
         case _ if loss := _loss_of(state.decode, event):
-            given_back = (Release(state.handoff),) if state.handoff is not None and loss.is_dead else ()
+            unfetched = state.handoff or state.given_up
+            given_back = (Release(unfetched),) if unfetched is not None and loss.is_dead else ()
             return _place_again(replace(state, handoff=None), _decode_lost(state), loss, given_back)
         case ReplicaLost(state.prefill, is_dead=False) as loss if state.handoff is not None:
             # A fetch from a dead process fails; one from a process that hangs may never end.
@@ -467,7 +471,8 @@ def _prefill(state: SequenceState, source: KVHandoff | None) -> Transition:
 
 
 def _decode(state: SequenceState, handoff: KVHandoff | None) -> Transition:
-    return replace(state, stage=Stage.DECODING, handoff=handoff), (SubmitDecode(state.decode, handoff),)
+    state = replace(state, stage=Stage.DECODING, handoff=handoff, given_up=None)
+    return state, (SubmitDecode(state.decode, handoff),)
 
 
 def _place_again(

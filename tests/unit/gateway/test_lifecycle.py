@@ -353,6 +353,23 @@ def test_an_unfetched_hand_off_is_left_to_its_lease_when_the_decode_replica_may_
         assert (state.handoff, actions) == (None, AGAIN)
 
 
+def test_a_hand_off_that_decode_could_not_fetch_is_given_back_when_it_dies() -> None:
+    state, _ = advance(FETCHING, PullFailed())
+    state, _ = advance(state, Delta())
+    _, actions = advance(state, ReplicaLost("d", is_dead=True))
+    assert actions == (Release(HANDOFF), Place())
+    _, actions = advance(state, ReplicaLost("d"))
+    assert actions == (Place(),), "it may live"
+
+
+def test_what_an_attempt_could_not_fetch_is_none_of_the_next_one_s() -> None:
+    state, _ = advance(FETCHING, PullFailed())
+    state, _ = advance(state, DecodeFailed("out of memory"))
+    state, _ = advance(state, Placed(None, "e"))
+    _, actions = advance(state, ReplicaLost("e", is_dead=True))
+    assert actions == (Place(),)
+
+
 def test_a_hand_off_that_was_fetched_is_never_given_back() -> None:
     state, _ = advance(FETCHING, Delta(has_written=False))
     assert advance(state, ReplicaLost("d", is_dead=True))[1] == AGAIN
