@@ -684,6 +684,8 @@ def replay(
     of_bound: Annotated[str, typer.Option(help="The same, as shares of the oracle's bound.")] = "",
     turns: Annotated[int | None, typer.Option(min=10, help="Turns of the measured cohort, about.")] = None,
     reverse: Annotated[bool, typer.Option("--reverse", help="Prefill may fetch from decode (docs/adr/0017).")] = False,
+    tune: Annotated[bool, typer.Option("--tune", help="Tune the published policies' constants first.")] = False,
+    kv: Annotated[float, typer.Option(min=0.1, help="KV memory of each GPU, times what it has.")] = 1.0,
     model: Annotated[str, typer.Option(help="GPU and model (engine/roofline.py).")] = "qwen3-coder-30b-a3b-fp8-h100",
     shards: Annotated[int, typer.Option(min=1, help="Processes; each takes a core.")] = 2,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything that was measured here.")] = None,
@@ -696,7 +698,8 @@ def replay(
     from bench.replay import REPLAYED
     from bench.replay_experiment import Experiment as ReplayExperiment
     from bench.replay_plan import Shape
-    from bench.replay_report import ReplayPlan, ReplayReport, goodput_table, run_tables, targets
+    from bench.replay_report import ReplayPlan, ReplayReport, goodput_table, run_tables, targets, tuning_table
+    from bench.replay_tuning import TUNING_SEED
     from bench.traces import TraceError
     from engine.roofline import ROOFLINES
     from gateway.routing.policies import POLICIES
@@ -710,6 +713,8 @@ def replay(
         parsed = tuple(Shape.parse(name) for name in _names(shapes))
     except ValueError as error:
         _fail(f"--shapes: {error}")
+    if tune and TUNING_SEED in _reals(seeds, "--seeds"):
+        _fail(f"--seeds has {TUNING_SEED}, with which constants are tuned; give others")
     if len({shape.num_gpus for shape in parsed}) > 1:
         _fail(f"--shapes is {shapes!r}; shapes are compared, so give all the same number of GPUs")
     plan = ReplayPlan(
@@ -724,6 +729,8 @@ def replay(
         _reals(of_bound, "--of-bound"),
         shards,
         reverse,
+        tune,
+        kv,
     )
 
     def save(report: ReplayReport) -> None:
@@ -748,6 +755,8 @@ def replay(
             f"({trace.num_cut_turns} cut off), bound {trace.bound_per_gpu_s * 60:.3g} trajectories per minute and GPU",
             soft_wrap=True,
         )
+    if report.tuned:
+        console.print(tuning_table(report))
     if report.goodputs:
         console.print(goodput_table(report))
     for table in run_tables(report):

@@ -20,11 +20,11 @@ from typing import Any
 from bench.oracle import Limits, prefill_s, session_spans
 from bench.replay_plan import RunFigures, RunPlan, TrajectoryResult, TurnResult, figures
 from bench.replay_text import SessionText, Texts
+from bench.replay_tuning import TUNABLE
 from bench.traces import Child, Session, Trace, Trajectory, Turn, cut_trace
 from bench.virtual_time import VirtualTimeLoop
 from decode.worker import DecodeWorker
 from engine.protocol import FinishReason, Phase, TokenDelta
-from engine.roofline import ROOFLINES
 from engine.simulated import SimulatedEngine, SimulatedEngineConfig, SimulatedFabric
 from engine.worker import Worker
 from gateway.orchestrator import Orchestrator, OrchestratorConfig, PlacementRejected, SequenceRequest
@@ -72,7 +72,7 @@ def run(plan: RunPlan, trace: Trace) -> RunFigures:
     gc.disable()
     try:
         with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
-            replay = runner.run(_replay(plan, cut_trace(trace, ROOFLINES[plan.model].model.max_model_len)))
+            replay = runner.run(_replay(plan, cut_trace(trace, plan.roofline.model.max_model_len)))
     finally:
         logger.setLevel(before)
         gc.enable()
@@ -133,7 +133,7 @@ class Replay:
         self.gpu_s = (0.0, 0.0)
         self._plan = plan
         self._trace = trace
-        self._roofline = ROOFLINES[plan.model]
+        self._roofline = plan.roofline
         self._limits = Limits(self._roofline, plan.max_num_batched_tokens, plan.max_pause_s)
         self._loop = asyncio.get_running_loop()
         self._texts = Texts(trace.block_size_tokens)
@@ -148,7 +148,7 @@ class Replay:
         seeds = random.Random(plan.seed)
         self._orchestrator = Orchestrator(
             InProcessTransport("gateway", self._workers),
-            REPLAYED[plan.policy],
+            TUNABLE[plan.policy][plan.constants] if plan.constants else REPLAYED[plan.policy],
             ReceiptStore(1),
             OrchestratorConfig(
                 handoff_timeout_s=LONGEST_WAIT_S,

@@ -1,11 +1,12 @@
-"""Owns the experiment `replay`: first every policy's goodput, then all of them at the same loads."""
+"""Owns the experiment `replay`: if asked for, constants are tuned; every policy's goodput; all at the same loads."""
 
 from collections.abc import Callable
 from dataclasses import replace
 
 from bench.replay_plan import RunFigures, RunPlan
 from bench.replay_report import ReplayPlan, ReplayReport, TraceFigures, run_line
-from bench.replay_search import Failed, Goodput, Job, Result, bound_per_s, fitted, plans, spread
+from bench.replay_search import Failed, Goodput, Job, Result, Task, Tuned, bound_per_s, fitted, plans, spread
+from bench.replay_tuning import TUNABLE
 from bench.results import Setting
 
 
@@ -20,15 +21,19 @@ class Experiment:
         self._say = say
         self._save = save
         runs = plans(plan.traces, plan.policies, plan.shapes, plan.seeds, plan.model, plan.turns)
-        self._runs = [replace(one, reverse=plan.reverse) for one in runs]
+        self._runs = [replace(one, reverse=plan.reverse, kv_factor=plan.kv_factor) for one in runs]
         self.report = ReplayReport(False, plan, setting, tuple(self._trace(path) for path in plan.traces))
 
     def run(self) -> None:
         """Raises KeyboardInterrupt."""
         plan = self._plan
+        if plan.tunes:
+            tunable = [one for one in self._runs if one.policy in TUNABLE and one.seed == plan.seeds[0]]
+            spread([Job(one, Task.TUNE) for one in tunable], plan.shards, self._take)
+            self._runs = [replace(one, constants=self.report.constants(one)) for one in self._runs]
         if plan.searches:
-            spread([Job(one, searches=True) for one in self._runs], plan.shards, self._take)
-        jobs = [Job(at, searches=False) for one in self._runs for at in self._at_fixed_loads(one)]
+            spread([Job(one, Task.SEARCH) for one in self._runs], plan.shards, self._take)
+        jobs = [Job(at, Task.RUN) for one in self._runs for at in self._at_fixed_loads(one)]
         spread(jobs, plan.shards, self._take)
         self.report = replace(self.report, complete=True)
         self._save(self.report)
@@ -58,6 +63,10 @@ class Experiment:
                 self._say(run_line(result))
                 if result.plan.drains:
                     self.report = replace(report, runs=(*report.runs, result))
+            case Tuned():
+                plan = result.plan
+                self._say(f"{plan.shape} {plan.policy} is tuned: {plan.constants or 'its own constants'}")
+                self.report = replace(report, tuned=(*report.tuned, result))
             case Goodput():
                 plan = result.plan
                 self._say(f"{plan.shape} {plan.policy} seed {plan.seed}: goodput {plan.rate_per_s * 60:.3g}/min")

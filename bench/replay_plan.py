@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bench.stats import Percentiles, percentiles
+from engine.roofline import ROOFLINES, Roofline
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,9 @@ class RunPlan:
     `num_trajectories` after `warm_up_s`, and no more arrive after it. The turns that are measured, of whatever
     trajectory, begin between the end of the warm-up and the cohort's last arrival. Pauses are cut at `max_pause_s`.
     `load` is the rate over another one, which the report names. Without `drains` the run ends when the measured turns
-    have, and says nothing of trajectories. With `reverse` prefill may fetch from decode (docs/adr/0017)."""
+    have, and says nothing of trajectories. With `reverse` prefill may fetch from decode (docs/adr/0017). `kv_factor` is
+    of `engine.roofline.Roofline`. `constants` names those that the policy was tuned to (`bench.replay_tuning`); "" are
+    its own."""
 
     trace: str
     policy: str
@@ -70,6 +73,12 @@ class RunPlan:
     load: float = math.nan
     drains: bool = True
     reverse: bool = False
+    kv_factor: float = 1.0
+    constants: str = ""
+
+    @property
+    def roofline(self) -> Roofline:
+        return replace(ROOFLINES[self.model], kv_factor=self.kv_factor)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,8 @@ from rich import box
 from rich.table import Table
 
 from bench.replay_plan import SLO, RunFigures, RunPlan, Shape
-from bench.replay_search import Failed, Goodput
+from bench.replay_search import Failed, Goodput, Tuned
+from bench.replay_tuning import TUNING_LOAD, TUNING_SEED
 from bench.results import Setting
 from bench.stats import Percentiles
 from bench.targets import ReportTarget
@@ -37,7 +38,8 @@ class TraceFigures:
 class ReplayPlan:
     """What is replayed. `loads` are shares of the best other policy's goodput. `rates_per_s`, trajectories per
     second, and `shares_of_bound` stand in their place: with either there is no search for the goodput. `reverse`:
-    prefill may fetch from decode (docs/adr/0017)."""
+    prefill may fetch from decode (docs/adr/0017). `tunes`: policies with constants are tuned to each trace and shape
+    first. `kv_factor` is of `engine.roofline.Roofline`."""
 
     traces: tuple[str, ...]
     policies: tuple[str, ...]
@@ -50,6 +52,8 @@ class ReplayPlan:
     shares_of_bound: tuple[float, ...]
     shards: int
     reverse: bool = False
+    tunes: bool = False
+    kv_factor: float = 1.0
 
     @property
     def searches(self) -> bool:
@@ -68,6 +72,12 @@ class ReplayReport:
     goodputs: tuple[Goodput, ...] = ()
     runs: tuple[RunFigures, ...] = ()
     failed: tuple[Failed, ...] = field(default=())
+    tuned: tuple[Tuned, ...] = ()
+
+    def constants(self, plan: RunPlan) -> str:
+        """What a plan's policy was tuned to; "" are its own."""
+        found = (one.plan.constants for one in self.tuned if _is_of(one.plan, plan.trace, plan.policy, plan.shape))
+        return next(found, "")
 
     def mean_goodput_per_s(self, trace: str, policy: str, shape: Shape) -> float | None:
         """Over the seeds; None if none was searched for."""
@@ -176,6 +186,22 @@ def run_line(figures: RunFigures) -> str:
         f"{figures.slo_share:.1%} in SLO, TTFT {figures.ttft_s.p50:.2f}/{figures.ttft_s.p99:.1f} s, "
         f"{figures.num_turns:,} of {figures.num_turns_in_all:,} turns, {figures.cpu_s:.0f} s CPU"
     )
+
+
+def tuning_table(report: ReplayReport) -> Table:
+    table = Table(
+        title=f"Constants: share of turns in SLO at {TUNING_LOAD:g} times the goodput with the policy's own, "
+        f"seed {TUNING_SEED}; the best are used from here on",
+        box=box.SIMPLE_HEAD,
+    )
+    for column in ("trace", "shape", "policy", "its own", "best", "constants"):
+        table.add_column(column)
+    for tuned in report.tuned:
+        plan, tried = tuned.plan, dict(tuned.tried)
+        best = "its own" if not plan.constants else plan.constants
+        shares = f"{tried['']:.1%}", f"{tried[plan.constants]:.1%}"
+        table.add_row(Path(plan.trace).name, str(plan.shape), plan.policy, *shares, best)
+    return table
 
 
 def goodput_table(report: ReplayReport) -> Table:

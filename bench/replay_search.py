@@ -1,5 +1,6 @@
 """Owns how the runs of a replay are chosen and spread over processes: the search for the goodput, then fixed loads."""
 
+import enum
 import functools
 import multiprocessing
 import queue
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 from bench.oracle import Limits, capacity_per_s
 from bench.replay import run
 from bench.replay_plan import RunFigures, RunPlan, Shape
+from bench.replay_tuning import TUNABLE, TUNING_LOAD, TUNING_SEED
 from bench.trace_files import read
 from bench.traces import Trace, cut_trace
 from engine.roofline import ROOFLINES
@@ -43,11 +45,27 @@ class Goodput:
 
 
 @dataclass(frozen=True)
-class Job:
-    """`searches`: look for the goodput of the plan's policy, whatever its rate; else run it once."""
+class Tuned:
+    """A policy's constants for one trace and shape: those of `tried` with the highest share of turns in time at
+    `plan.rate_per_s`. `plan.constants` names them; "" stands for the policy's own."""
 
     plan: RunPlan
-    searches: bool
+    tried: tuple[tuple[str, float], ...]
+    cpu_s: float
+
+
+class Task(enum.Enum):
+    """RUN a plan once; SEARCH for the goodput of its policy, or TUNE its constants, whatever its rate."""
+
+    RUN = enum.auto()
+    SEARCH = enum.auto()
+    TUNE = enum.auto()
+
+
+@dataclass(frozen=True)
+class Job:
+    plan: RunPlan
+    task: Task
 
 
 @dataclass(frozen=True)
@@ -58,7 +76,7 @@ class Failed:
     error: str
 
 
-Result = Goodput | RunFigures | Failed
+Result = Goodput | Tuned | RunFigures | Failed
 
 
 @functools.cache
@@ -68,7 +86,7 @@ def fitted(path: str, model: str) -> Trace:
 
 
 def bound_per_s(plan: RunPlan) -> float:
-    limits = Limits(ROOFLINES[plan.model], plan.max_num_batched_tokens, plan.max_pause_s)
+    limits = Limits(plan.roofline, plan.max_num_batched_tokens, plan.max_pause_s)
     return capacity_per_s(limits, fitted(plan.trace, plan.model), plan.shape.num_gpus)
 
 
@@ -103,14 +121,40 @@ def search(plan: RunPlan, run: Callable[[RunPlan], RunFigures]) -> Iterator[Good
     yield Goodput(at_load(plan, good), num_runs, cpu_s)
 
 
+def tune(plan: RunPlan, run: Callable[[RunPlan], RunFigures]) -> Iterator[Tuned | RunFigures]:
+    """Its runs, all of a seed of their own, and at last the best constants."""
+    plan = replace(plan, seed=TUNING_SEED, constants="")
+    found: Goodput | None = None
+    for result in search(plan, run):
+        if isinstance(result, Goodput):
+            found = result
+        else:
+            yield result
+    assert found is not None, "a search ends with what it has found"
+    at = at_load(plan, TUNING_LOAD * (found.plan.load or LOWEST_LOAD))
+    tried, cpu_s = dict[str, float](), found.cpu_s
+    for constants in ("", *TUNABLE[plan.policy]):
+        figures = run(replace(at, constants=constants, drains=False))
+        yield figures
+        tried[constants], cpu_s = figures.slo_share, cpu_s + figures.cpu_s
+    yield Tuned(replace(at, constants=max(tried, key=tried.__getitem__)), tuple(tried.items()), cpu_s)
+
+
 def work(job: Job) -> Iterator[Result]:
     """A job's results in this process. What a run raises is a result."""
     trace = fitted(job.plan.trace, job.plan.model)
+
+    def replayed(plan: RunPlan) -> RunFigures:
+        return run(plan, trace)
+
     try:
-        if job.searches:
-            yield from search(job.plan, lambda plan: run(plan, trace))
-        else:
-            yield run(job.plan, trace)
+        match job.task:
+            case Task.RUN:
+                yield replayed(job.plan)
+            case Task.SEARCH:
+                yield from search(job.plan, replayed)
+            case Task.TUNE:
+                yield from tune(job.plan, replayed)
     except Exception as error:
         yield Failed(job.plan, repr(error))
 

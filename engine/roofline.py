@@ -75,11 +75,13 @@ class Model:
 
 @dataclass(frozen=True)
 class Roofline:
-    """An engine of one GPU (`engine.latency.Latency`)."""
+    """An engine of one GPU (`engine.latency.Latency`). It has `kv_factor` times the KV memory that the GPU has: what
+    is above 1 is a tier that does not exist, which costs no time, to see what more of it would be worth."""
 
     gpu: Gpu
     model: Model
     block_size_tokens: int = 64
+    kv_factor: float = 1.0
 
     @property
     def decode_interval_s(self) -> float:
@@ -91,7 +93,7 @@ class Roofline:
         gpu, model = self.gpu, self.model
         weight_bytes = model.num_params * model.bytes_per_param
         free_bytes = gpu.usable_memory * gpu.memory_bytes - weight_bytes - gpu.activation_bytes
-        return int(free_bytes / model.kv_bytes_per_token)
+        return int(free_bytes * self.kv_factor / model.kv_bytes_per_token)
 
     @property
     def num_kv_blocks(self) -> int:

@@ -1,7 +1,7 @@
 """Owns the placement policies: pure functions from a request and a snapshot to a placement or a rejection.
 
 A policy chooses a replica in each pool, decode first. Formulas that other systems have published are named after them;
-their constants are theirs.
+their constants are theirs unless others are given.
 """
 
 import random
@@ -114,61 +114,76 @@ def _as_before(request: RequestView, pool: Pool, rng: random.Random) -> Choice:
     return _in_turn(request, pool, rng)
 
 
-def _dynamo_cost(request: RequestView, pool: Pool, view: ReplicaView) -> float:
-    """In blocks: prefill that is waiting and this prompt's, less what is cached, and the blocks that are in flight.
+@dataclass(frozen=True, slots=True)
+class Dynamo:
+    """NVIDIA Dynamo's KV router as published: the lowest `prefill_load_scale * max(active_prefill + prompt -
+    overlap_credit * overlap, 0) + decode_blocks`, at temperature 0; in the decode pool of a split the credit is 0."""
 
-    NVIDIA Dynamo's KV router as published: `prefill_load_scale * max(active_prefill + prompt - overlap_credit, 0) +
-    decode_blocks` with scale 1, credit 1.0 and temperature 0; in the decode pool of a split the credit is 0.
+    prefill_load_scale: float = 1.0
+    overlap_credit: float = 1.0
+
+    def __call__(self, request: RequestView, pool: Pool, rng: random.Random) -> Choice:
+        return _lowest(self._cost_blocks)(request, pool, rng)
+
+    def _cost_blocks(self, request: RequestView, pool: Pool, view: ReplicaView) -> float:
+        """Prefill that is waiting and this prompt's, less what is cached, and the blocks that are in flight."""
+        credit_tokens = self.overlap_credit * pool.cached(view) if pool.phase is Phase.PREFILL else 0
+        prefill_tokens = max(view.queued_tokens + request.num_prompt_tokens - credit_tokens, 0)
+        return (self.prefill_load_scale * prefill_tokens + view.in_flight_tokens) / max(view.block_size_tokens, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class LlmD:
+    """llm-d's weighted scorers as published: the highest sum of short queue, free KV cache and cached prefix, each in
+    [0, 1]. The queue's score is linear between the longest and the shortest one.
+
+    Where replicas have `affine_share` of the prompt cached, only those are scored, unless the first token would come
+    `max_penalty_s` later there, as predicted.
     """
-    block_size_tokens = max(view.block_size_tokens, 1)
-    credit_tokens = pool.cached(view) if pool.phase is Phase.PREFILL else 0
-    prefill_tokens = max(view.queued_tokens + request.num_prompt_tokens - credit_tokens, 0)
-    return (prefill_tokens + view.in_flight_tokens) / block_size_tokens
 
+    queue_weight: float = 2.0
+    kv_weight: float = 2.0
+    prefix_weight: float = 3.0
+    affine_share: float = 0.8
+    max_penalty_s: float = 5.0
 
-LLM_D_QUEUE_WEIGHT, LLM_D_KV_WEIGHT, LLM_D_PREFIX_WEIGHT = 2.0, 2.0, 3.0
-LLM_D_AFFINE_SHARE = 0.8
-"""Of a prompt, cached on a replica, from which on only such replicas are scored."""
-LLM_D_MAX_PENALTY_S = 5.0
-"""More predicted time to the first token than elsewhere, for which that affinity is given up."""
+    def __call__(self, request: RequestView, pool: Pool, rng: random.Random) -> Choice:
+        candidates = self._affine(request, pool)
+        queues = [view.in_flight_requests for view in candidates]
+        longest, spread = max(queues), max(queues) - min(queues)
 
+        def score(view: ReplicaView) -> float:
+            queue = (longest - view.in_flight_requests) / spread if spread else 1.0
+            kv_used = view.num_kv_blocks_used / view.num_kv_blocks if view.num_kv_blocks else 0.0
+            prefix = pool.cached(view) / max(request.num_prompt_tokens, 1)
+            return self.queue_weight * queue + self.kv_weight * (1 - kv_used) + self.prefix_weight * prefix
 
-def _llm_d(request: RequestView, pool: Pool, rng: random.Random) -> Choice:
-    """The highest sum of llm-d's weighted scorers, each in [0, 1]: short queue, free KV cache, cached prefix.
+        scores = {view.replica_id: score(view) for view in candidates}
+        highest = max(scores.values())
+        return Choice(_drawn(candidates, scores, highest, rng), scores, f"{highest:.3g}")
 
-    As published: weights 2, 2 and 3, max-score picker, behind an affinity filter of 0.80 that gives way when the time
-    to the first token would be 5 s longer. The queue's score is linear between the longest and the shortest one.
-    """
-    candidates = _affine(request, pool)
-    queues = [view.in_flight_requests for view in candidates]
-    longest, spread = max(queues), max(queues) - min(queues)
-
-    def score(view: ReplicaView) -> float:
-        queue = (longest - view.in_flight_requests) / spread if spread else 1.0
-        kv_used = view.num_kv_blocks_used / view.num_kv_blocks if view.num_kv_blocks else 0.0
-        prefix = pool.cached(view) / max(request.num_prompt_tokens, 1)
-        return LLM_D_QUEUE_WEIGHT * queue + LLM_D_KV_WEIGHT * (1 - kv_used) + LLM_D_PREFIX_WEIGHT * prefix
-
-    scores = {view.replica_id: score(view) for view in candidates}
-    highest = max(scores.values())
-    return Choice(_drawn(candidates, scores, highest, rng), scores, f"{highest:.3g}")
-
-
-def _affine(request: RequestView, pool: Pool) -> Sequence[ReplicaView]:
-    """Those that have most of the prompt cached, unless the first token would come too late there."""
-    needed_tokens = LLM_D_AFFINE_SHARE * request.num_prompt_tokens
-    affine = [view for view in pool.views if pool.cached(view) >= needed_tokens]
-    if not affine:
-        return pool.views
-    shortest_s = min(_wait_s(request, pool, view) for view in pool.views)
-    penalty_s = min(_wait_s(request, pool, view) for view in affine) - shortest_s
-    return pool.views if penalty_s > LLM_D_MAX_PENALTY_S else affine
+    def _affine(self, request: RequestView, pool: Pool) -> Sequence[ReplicaView]:
+        needed_tokens = self.affine_share * request.num_prompt_tokens
+        affine = [view for view in pool.views if pool.cached(view) >= needed_tokens]
+        if not affine:
+            return pool.views
+        shortest_s = min(_wait_s(request, pool, view) for view in pool.views)
+        penalty_s = min(_wait_s(request, pool, view) for view in affine) - shortest_s
+        return pool.views if penalty_s > self.max_penalty_s else affine
 
 
 def _wait_s(request: RequestView, pool: Pool, view: ReplicaView) -> float:
     """Until a replica has read what is queued and this prompt; 0 while its rate is unknown."""
     tokens = view.queued_tokens * view.computed_share + request.num_prompt_tokens - pool.cached(view)
     return tokens / view.prefill_tokens_per_s if view.prefill_tokens_per_s > 0 else 0.0
+
+
+def dynamo(constants: Dynamo, name: str = "dynamo") -> Split:
+    return Split(name, "lowest cost in blocks", constants)
+
+
+def llm_d(constants: LlmD, name: str = "llm-d") -> Split:
+    return Split(name, "highest weighted score", constants)
 
 
 least_tokens = Split("least-tokens", "fewest tokens in flight", _lowest(_tokens_in_flight))
@@ -179,8 +194,8 @@ POLICIES: Mapping[str, Policy] = {
         least_tokens,
         Split("round-robin", "in turn", _in_turn),
         Split("session-affinity", "where the session was before, or in turn", _as_before),
-        Split("dynamo", "lowest cost in blocks", _lowest(_dynamo_cost)),
-        Split("llm-d", "highest weighted score", _llm_d),
+        dynamo(Dynamo()),
+        llm_d(LlmD()),
         Joint(),
     )
 }

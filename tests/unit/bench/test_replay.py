@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -13,11 +14,15 @@ from bench.asking import asks_when_it_can
 from bench.oracle import Limits, session_spans, turn_s
 from bench.replay import REPLAYED, Replay, run
 from bench.replay_plan import RunFigures, RunPlan, ServiceLevel, Shape, TurnResult, figures
-from bench.replay_search import Goodput, bound_per_s, fitted, search
+from bench.replay_search import Goodput, Tuned, bound_per_s, fitted, search, tune
 from bench.replay_text import SessionText, Texts
+from bench.replay_tuning import TUNABLE, TUNING_LOAD, TUNING_SEED
 from bench.traces import Session, Trace, Turn, linked
 from bench.virtual_time import VirtualTimeLoop
 from engine.roofline import ROOFLINES
+from engine.simulated import SimulatedEngine
+from gateway.orchestrator import Orchestrator
+from gateway.routing.policies import POLICIES
 from tests.unit.bench.traces import write_sessions
 
 MODEL = "qwen3-coder-30b-a3b-fp8-h100"
@@ -175,6 +180,65 @@ def test_a_policy_that_never_keeps_the_level_has_no_goodput(folder: Path) -> Non
     assert goodput.rate_per_s == 0.0
 
 
+# -- tuning
+
+
+def test_constants_are_tuned_above_the_policy_s_own_goodput_with_a_seed_of_their_own(folder: Path) -> None:
+    best, plans = list(TUNABLE["llm-d"])[3], list[RunPlan]()
+
+    def runs(plan: RunPlan) -> RunFigures:
+        plans.append(plan)
+        slo_share = 0.99 if plan.load <= 0.4 else 0.9 if plan.constants == best else 0.8
+        return dataclasses.replace(figures_of(plan), slo_share=slo_share)
+
+    *_, tuned = tune(plan(folder, policy="llm-d"), runs)
+    assert isinstance(tuned, Tuned)
+    assert (tuned.plan.constants, tuned.plan.policy) == (best, "llm-d")
+    assert tuned.tried == tuple((name, 0.9 if name == best else 0.8) for name in ("", *TUNABLE["llm-d"]))
+    assert 0.4 < tuned.plan.load <= 0.4 * TUNING_LOAD
+    assert {plan.seed for plan in plans} == {TUNING_SEED}
+
+
+def test_constants_that_are_no_better_leave_the_policy_s_own(folder: Path) -> None:
+    *_, tuned = tune(plan(folder, policy="dynamo"), lambda plan: dataclasses.replace(figures_of(plan), slo_share=0.5))
+    assert isinstance(tuned, Tuned)
+    assert tuned.plan.constants == ""
+
+
+def test_every_policy_with_constants_has_as_many_to_be_tuned_over() -> None:
+    assert {len(settings) for settings in TUNABLE.values()} == {8}
+    assert all(policy not in {POLICIES[name]} for name, settings in TUNABLE.items() for policy in settings.values())
+
+
+def test_a_run_places_by_the_constants_of_its_plan(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    original = Orchestrator.__init__
+
+    def spied(self: Orchestrator, transport: Any, policy: Any, *args: Any, **kwargs: Any) -> None:
+        seen.append(repr(policy))
+        original(self, transport, policy, *args, **kwargs)
+
+    monkeypatch.setattr(Orchestrator, "__init__", spied)
+    constants = next(iter(TUNABLE["dynamo"]))
+    for one in (plan(folder, policy="dynamo"), plan(folder, policy="dynamo", constants=constants)):
+        run(one, fitted(str(folder), MODEL))
+    assert seen == [repr(POLICIES["dynamo"]), repr(TUNABLE["dynamo"][constants])]
+
+
+def test_engines_have_as_much_kv_memory_as_the_plan_says(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    original = SimulatedEngine.__init__
+
+    def spied(self: SimulatedEngine, replica_id: str, config: Any, fabric: Any) -> None:
+        seen.append(config.num_kv_blocks)
+        original(self, replica_id, config, fabric)
+
+    monkeypatch.setattr(SimulatedEngine, "__init__", spied)
+    run(plan(folder, kv_factor=3.0), fitted(str(folder), MODEL))
+    assert seen == [plan(folder, kv_factor=3.0).roofline.num_kv_blocks] * 2
+    assert seen[0] == pytest.approx(3 * ROOFLINES[MODEL].num_kv_blocks, abs=3)
+
+
 # -- the least
 
 
@@ -216,6 +280,7 @@ def test_the_command_searches_compares_and_writes_its_report(folder: Path, tmp_p
         (["--shapes", "two"], "is no shape"),
         (["--model", "m"], "--model is 'm'"),
         (["--load", "much"], "--load is 'much'"),
+        (["--tune", "--seeds", "0,1000"], "--seeds has 1000"),
     ],
 )
 def test_wrong_options_are_refused(folder: Path, options: list[str], words: str) -> None:

@@ -8,8 +8,16 @@ import pytest
 
 from bench.replay_plan import RunFigures, RunPlan, Shape, TrajectoryResult, TurnResult, figures
 from bench.replay_plot import draw
-from bench.replay_report import ReplayPlan, ReplayReport, TraceFigures, goodput_table, run_tables, targets
-from bench.replay_search import Goodput
+from bench.replay_report import (
+    ReplayPlan,
+    ReplayReport,
+    TraceFigures,
+    goodput_table,
+    run_tables,
+    targets,
+    tuning_table,
+)
+from bench.replay_search import Goodput, Tuned
 from bench.results import gather_setting, write_json
 
 TRACE = "some/trace"
@@ -96,6 +104,15 @@ def test_without_a_trajectory_that_ended_the_rest_is_there_still(tmp_path: Path)
     assert report(alone).session_gap_closed(TRACE) is None
     with pytest.raises(ValueError, match="no turn was measured"):
         figures(alone.plan, [], [], 0, 10.0, (0.0, 0.0), 0.0)
+
+
+def test_the_constants_a_policy_was_tuned_to_hold_for_its_trace_and_shape() -> None:
+    best = dataclasses.replace(run_plan("dynamo", SPLIT, 0.5, 1.0, seed=1000), constants="scale 2")
+    whole = dataclasses.replace(report(), tuned=(Tuned(best, (("", 0.8), ("scale 2", 0.9)), 1.0),))
+    assert whole.constants(run_plan("dynamo", SPLIT, 0.0, 0.0, seed=0)) == "scale 2"
+    assert whole.constants(run_plan("dynamo", AGGREGATED, 0.0, 0.0, seed=0)) == ""
+    assert whole.constants(run_plan("llm-d", SPLIT, 0.0, 0.0, seed=0)) == ""
+    assert tuning_table(whole).row_count == 1
 
 
 def test_file_tables_and_picture_hold_what_was_measured(tmp_path: Path) -> None:

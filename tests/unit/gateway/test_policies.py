@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.routing.policies import POLICIES, least_tokens, place
+from gateway.routing.policies import POLICIES, Dynamo, LlmD, dynamo, least_tokens, llm_d, place
 from gateway.routing.types import (
     Cause,
     ClusterSnapshot,
@@ -160,6 +160,17 @@ def test_dynamo_adds_the_uncached_prefill_to_what_is_in_flight_in_blocks() -> No
     assert placement.scores == {"p0": 2.0, "p1": 11.0, "p2": 19.0, "d0": 11.0, "d1": 10.0}
     assert (placement.prefill, placement.decode) == ("p0", "d1")
     assert placement.reason == "lowest cost in blocks: 2 on p0, 10 on d1"
+
+
+def test_published_policies_take_other_constants() -> None:
+    prefill = (replica("p0", queued_tokens=10), replica("p1", in_flight_tokens=40))
+    snapshot = ClusterSnapshot(prefill, (replica("d0"),), cached_tokens={"p0": 20, "p1": 30})
+    costs = place(dynamo(Dynamo(2.0, 0.5)), REQUEST, snapshot, 0)
+    assert isinstance(costs, Placement)
+    assert costs.scores == {"p0": 20.0, "p1": 21.0, "d0": 20.0}
+    weights = place(llm_d(LlmD(1.0, 0.0, 10.0, affine_share=0.3)), REQUEST, snapshot, 0)
+    assert isinstance(weights, Placement)
+    assert weights.scores == {"p1": 4.0, "d0": 1.0}
 
 
 def test_llm_d_weighs_queue_cache_and_prefix() -> None:
