@@ -1,5 +1,6 @@
 """The command line: what it refuses, what it leaves behind, and its exit codes. Nothing is started."""
 
+import pkgutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ import msgspec
 import pytest
 from typer.testing import CliRunner
 
-from bench import emitter, overhead, overload, overload_live, streams
+from bench import commands, emitter, overhead, overload, overload_live, streams
 from bench.__main__ import app
 from bench.overhead import Experiment
 from bench.overload_report import OverloadReport
@@ -55,6 +56,12 @@ def on_run(monkeypatch: pytest.MonkeyPatch) -> Callable[[Act], None]:
 
 def nothing(_experiment: Experiment) -> None:
     pass
+
+
+def test_each_module_of_commands_is_a_command_of_its_name() -> None:
+    modules = {module.name for module in pkgutil.iter_modules(commands.__path__)}
+    registered = {one.callback.__name__: one.callback.__module__ for one in app.registered_commands if one.callback}
+    assert registered == {name: f"bench.commands.{name}" for name in modules - {"terminal"}}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,65 @@
+"""Owns the command `rolling`: new engine arguments deployed under load."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from bench.commands.terminal import (
+    FAULTS_CONFIG,
+    end,
+    fail,
+    heal,
+    interrupt_once,
+    make_console,
+    num_missed,
+    say_start_failed,
+)
+from bench.results import gather_setting, write_json
+from bench.systems import StartFailed
+from gateway.settings import ConfigError, load
+
+
+def rolling(
+    clients: Annotated[int | None, typer.Option(min=1, help="That stream at once; default: 4, with --quick 2.")] = None,
+    seed: Annotated[int, typer.Option(help="Decides what clients ask for.")] = 0,
+    config: Annotated[Path, typer.Option(help="Real engines in both pools, two or more of each.")] = FAULTS_CONFIG,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything that was seen here.")] = None,
+    logs: Annotated[Path | None, typer.Option(help="Keep the ends of the logs here if something went wrong.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer clients, and fewer answers to compare.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Exit 1 where a target is missed.")] = False,
+) -> None:
+    """Deploy new engine arguments while clients stream: every replica is replaced, and no request may fail."""
+    console = make_console()
+    import asyncio
+
+    from bench.rolling import RollingUpdate
+    from bench.rolling_report import RollingPlan, num_replicas, table, targets
+
+    try:
+        settings = load(config)
+    except ConfigError as error:
+        fail(str(error))
+    if settings.simulation is not None or min(num_replicas(settings).values()) < 2:
+        fail(f"{config} must have two gateways and two real engines in each pool; use {FAULTS_CONFIG}")
+    plan = RollingPlan(str(config), clients or (2 if quick else 4), 5.0 if quick else 15.0, seed)
+    heal(console)
+    experiment = RollingUpdate(plan, config, settings, gather_setting(), console.print)
+    interrupt_once()
+    start_failed = False
+    try:
+        asyncio.run(experiment.run(logs))
+    except (StartFailed, TimeoutError, RuntimeError) as error:
+        start_failed = True
+        say_start_failed(console, error)
+    except KeyboardInterrupt:
+        console.print("[yellow]interrupted; everything that was started is stopped[/]")
+    report = experiment.report
+    if json_file is not None:
+        write_json(report, json_file)
+    console.print(table(report))
+    for trouble in report.troubles:
+        console.print(f"[red]{escape(str(trouble))}[/]", soft_wrap=True)
+    missed = num_missed(console, targets(plan, num_replicas(settings)), report) if check else 0
+    end(report.complete or start_failed, missed or start_failed)

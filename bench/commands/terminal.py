@@ -1,0 +1,113 @@
+"""Owns what all commands do alike: what they say, how they read options, how they are interrupted, how they end."""
+
+import importlib
+import signal
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from bench.results import EngineKind
+from bench.systems import StartFailed
+from bench.targets import R, ReportTarget
+from gateway.runtime import processes
+from gateway.runtime.local import base_dir
+
+DEFAULT_CONFIGS = {EngineKind.VLLM: Path("configs/local.yaml"), EngineKind.SIMULATED: Path("configs/simulated.yaml")}
+FAULTS_CONFIG = Path("configs/faults.yaml")
+INTERRUPTED = 130
+WIDTH_WITHOUT_TERMINAL = 180
+
+
+def make_console() -> Console:
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = WIDTH_WITHOUT_TERMINAL
+    return console
+
+
+def heal(console: Console) -> None:
+    """Removes what crashed runs have left, and says so."""
+    if healed := processes.heal(base_dir()):
+        console.print(escape(str(healed)))
+
+
+def say_start_failed(console: Console, error: Exception) -> None:
+    tail = error.log_tail if isinstance(error, StartFailed) else ""
+    console.print(f"[bold red]does not start:[/] {escape(str(error))}\n{escape(tail)}", soft_wrap=True)
+
+
+def num_missed(console: Console, targets: Iterable[ReportTarget[R]], report: R) -> int:
+    """How many targets a report misses, after a line for each."""
+    missed = 0
+    for target in targets:
+        console.print(target.line(report), soft_wrap=True)
+        missed += not target.is_met_by(report)
+    return missed
+
+
+def end(is_whole: bool, failed: object) -> None:
+    """The exit code of a command: INTERRUPTED before its end, 1 where something `failed`."""
+    if not is_whole:
+        raise typer.Exit(INTERRUPTED)
+    if failed:
+        raise typer.Exit(1)
+
+
+def interrupt_once() -> None:
+    """From now on the first signal that asks for the end is a KeyboardInterrupt."""
+    interrupt = _InterruptOnce()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupt)
+
+
+class _InterruptOnce:
+    """Raises KeyboardInterrupt at the first signal and ignores later ones: stopping is bounded and must be whole."""
+
+    def __init__(self) -> None:
+        self._seen = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if not self._seen:
+            self._seen = True
+            raise KeyboardInterrupt
+
+
+def drawing(plot_file: Path | None, module: str) -> Callable[[Any, Path], None] | None:
+    """What draws a report of the experiment whose pictures this module of `bench` owns."""
+    if plot_file is None:
+        return None
+    try:
+        return importlib.import_module(f"bench.{module}").draw
+    except ImportError as error:
+        fail(f"--plot needs {error.name}; install the extra `bench` (pip install '.[bench]') or leave --plot out")
+
+
+def parse_names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def parse_numbers(text: str, option: str) -> tuple[int, ...]:
+    parts = parse_names(text)
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        fail(f"{option} is {text!r}; give positive numbers with commas between them, e.g. 1,8,32")
+    return tuple(int(part) for part in parts)
+
+
+def parse_reals(text: str, option: str) -> tuple[float, ...]:
+    try:
+        numbers = tuple(float(part) for part in parse_names(text))
+    except ValueError:
+        numbers = (-1.0,)
+    if not all(0 <= number < float("inf") for number in numbers):
+        fail(f"{option} is {text!r}; give numbers with commas between them, e.g. 0.25,1")
+    return numbers
+
+
+def fail(message: str) -> NoReturn:
+    typer.secho(f"bench: {message}", err=True, fg=typer.colors.RED)
+    raise typer.Exit(2)
