@@ -144,10 +144,14 @@ class Replay:
         self._seen_shared: set[int] = set()
         self._window = (math.inf, math.inf)
         self._engines: dict[Phase, list[SimulatedEngine]] = {Phase.PREFILL: [], Phase.DECODE: []}
-        self._workers = list(self._make_workers())
+        self._workers: dict[str, Worker] = {}
+        self._fabric = SimulatedFabric()
+        shape = plan.shape
+        phases = [Phase.PREFILL] * shape.prefill + [Phase.DECODE] * shape.decode
+        self._transport = InProcessTransport("gateway", [self._new_worker(phase) for phase in phases])
         seeds = random.Random(plan.seed)
         self._orchestrator = Orchestrator(
-            InProcessTransport("gateway", self._workers),
+            self._transport,
             TUNABLE[plan.policy][plan.constants] if plan.constants else REPLAYED[plan.policy],
             ReceiptStore(1),
             OrchestratorConfig(
@@ -175,8 +179,8 @@ class Replay:
         begin_s, end_s = self._window
         return [turn for turn in self._turns if begin_s <= turn.began_s <= end_s]
 
-    def _make_workers(self) -> Iterator[Worker]:
-        plan, roofline, fabric = self._plan, self._roofline, SimulatedFabric()
+    def _new_worker(self, phase: Phase) -> Worker:
+        plan, roofline, engines = self._plan, self._roofline, self._engines[phase]
         config = SimulatedEngineConfig(
             model=plan.model,
             max_model_len=roofline.model.max_model_len,
@@ -190,15 +194,12 @@ class Replay:
             max_leap_steps=plan.max_leap_steps,
             keeps_content=False,
         )
-        for phase, number, worker in (
-            (Phase.PREFILL, plan.shape.prefill, PrefillWorker),
-            (Phase.DECODE, plan.shape.decode, DecodeWorker),
-        ):
-            for index in range(number):
-                # Of equal length, so that their order is that of their numbers.
-                engine = SimulatedEngine(f"{phase}-{index:03}", config, fabric)
-                self._engines[phase].append(engine)
-                yield worker(engine.replica_id, engine)
+        # Of equal length, so that their order is that of their numbers.
+        engine = SimulatedEngine(f"{phase}-{len(engines):03}", config, self._fabric)
+        engines.append(engine)
+        worker = (PrefillWorker if phase is Phase.PREFILL else DecodeWorker)(engine.replica_id, engine)
+        self._workers[worker.replica_id] = worker
+        return worker
 
     # -- the run
 
@@ -212,7 +213,7 @@ class Replay:
             task.cancel()
         await asyncio.gather(*self._tasks, reader, return_exceptions=True)
         await self._orchestrator.close()
-        for worker in self._workers:
+        for worker in self._workers.values():
             await worker.shutdown()
 
     async def _ended(self, tasks: "set[asyncio.Task[None]]") -> None:

@@ -2,9 +2,11 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+
+import msgspec
 
 from engine.blocks import BlockMirror
 from engine.load import Recent
@@ -225,6 +227,12 @@ class Cluster:
             self._clock(),
             self.can_ask,
         )
+
+    def own_views(self, phase: Phase) -> Iterator[ReplicaView]:
+        """The ready replicas of a pool, with only this gateway's own requests in flight there."""
+        for view, replica in zip(self._views(phase), self.pool(phase, ready_only=True), strict=True):
+            own, tokens = len(replica.in_flight), replica.in_flight_tokens
+            yield msgspec.structs.replace(view, in_flight_requests=own, in_flight_tokens=tokens)
 
     def _views(self, phase: Phase) -> tuple[ReplicaView, ...]:
         views: list[ReplicaView] = []

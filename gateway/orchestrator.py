@@ -35,6 +35,7 @@ from gateway.routing.policies import Policy, place
 from gateway.routing.predict import predict
 from gateway.routing.receipts import Decision, Outcome, Receipt, ReceiptStore
 from gateway.routing.types import Cause, ClusterSnapshot, Hints, Placement, Rejection, RequestView
+from gateway.scaling.demand import Demand, DemandMeter, ServiceLevel
 from gateway.transport import ReplicaGoneError, WorkerTransport
 
 log = logging.getLogger("baton.orchestrator")
@@ -133,6 +134,7 @@ class OrchestratorConfig:
     cached, and has `ask_timeout_s` to hand it over (docs/adr/0017). `recovery_timeout_s`: how long a request that a
     fault has displaced waits for a replica.
     `rank` orders what waits for an engine (`gateway.routing.order`).
+    `slo` is what turns are held against when the demand is measured (`gateway.scaling`).
     `drop_logprobs(logprobs, n)` leaves out the first n tokens of a delta's logprobs and those of the prompt. For the
     rest see `MembershipConfig`."""
 
@@ -148,6 +150,7 @@ class OrchestratorConfig:
     drop_logprobs: Callable[[bytes, int], bytes] = lambda logprobs, num_tokens: logprobs
     admission: AdmissionConfig = field(default_factory=AdmissionConfig)
     rank: Callable[[RequestView, float, float, float], int] = rank_ms
+    slo: ServiceLevel = ServiceLevel()
 
 
 @dataclass(frozen=True)
@@ -189,6 +192,7 @@ class Orchestrator:
         self._clock = clock
         self._wall_clock = wall_clock
         self._new_seed = new_seed
+        self._demand = DemandMeter(config.slo, clock())
         self._num_placed = 0
         self._sequences: dict[str, Sequence] = {}
         self._by_engine_id: dict[str, Sequence] = {}
@@ -306,6 +310,11 @@ class Orchestrator:
     def learnt(self) -> Learnt:
         return Learnt(self.cluster.costs, self._sessions.pauses.calibration, len(self._sessions))
 
+    @property
+    def demand(self) -> Demand:
+        """What the requests of this gateway ask of the pools."""
+        return self._demand.demand(self._clock(), self.cluster.costs, self.cluster.own_views(Phase.DECODE))
+
     # -- placements
 
     def _place_group(self, request: SequenceRequest, group: Group, arrived_s: float) -> None:
@@ -341,11 +350,18 @@ class Orchestrator:
             raise PlacementRejected(placement)
         self._num_placed += 1
         admission = admit(view, placement, snapshot, self._config.admission)
+        prediction = predict(view, placement, snapshot)
         group.decide_s = self._clock() - began_s
+        self._demand.asked(
+            began_s,
+            prediction.read_s,
+            placement.prefill is None,
+            prediction.output_tokens * view.num_choices,
+            view.num_prompt_tokens,
+        )
         if isinstance(admission, Rejection):
             raise PlacementRejected(admission)
         self._sessions.placed(arrival.name, placement)
-        prediction = predict(view, placement, snapshot)
         # From now on: a client that takes its time to send a request must not come before those that have waited here.
         usual_s = self._config.admission.ttft_deadline_s
         group.rank_ms = self._config.rank(view, self._wall_clock(), prediction.read_s, usual_s)
@@ -530,7 +546,9 @@ class Orchestrator:
             assert group.receipt is not None
             receipt = dataclasses.replace(group.receipt, outcome=self._outcome(group))
             if receipt.outcome.status == "finished":
-                self.cluster.answered(receipt.outcome.output_tokens // len(group.sequences))
+                num_tokens = receipt.outcome.output_tokens // len(group.sequences)
+                self.cluster.answered(num_tokens)
+                self._measure(receipt.outcome, num_tokens)
             group.receipt = receipt
             self.receipts.put(receipt)
             try:
@@ -541,6 +559,16 @@ class Orchestrator:
                 # What is only told of a request must not cost the replica whose report has ended it.
                 log.exception("the end of %s could not be told", receipt.request_id)
         self._membership.let_go_of_leavers()
+
+    def _measure(self, outcome: Outcome, num_tokens: int) -> None:
+        """Whether a turn was in time; `num_tokens`: of one of its answers."""
+        if outcome.ttft_ms is None:
+            return
+        costs = self.cluster.costs
+        read = (costs.prefill if self.cluster.expects_prefill else costs.decode).read
+        cold_read_s = read.seconds(outcome.prompt_tokens, outcome.prompt_tokens)
+        tpot_s = (outcome.times_ms.decode or 0.0) / 1000 / max(num_tokens - 1, 1)
+        self._demand.ended(self._clock(), outcome.ttft_ms / 1000, cold_read_s, tpot_s)
 
     @staticmethod
     def _has_ended(group: Group) -> bool:

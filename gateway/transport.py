@@ -46,6 +46,7 @@ class InProcessTransport:
     def __init__(self, gateway_id: str, workers: Sequence[Worker]):
         self._gateway_id = gateway_id
         self._workers = {worker.replica_id: worker for worker in workers}
+        self._leavers: set[str] = set()
         self._changed: list[Callable[[Members], None]] = []
 
     def watch(self, changed: Callable[[Members], None]) -> None:
@@ -56,8 +57,14 @@ class InProcessTransport:
         self._workers[worker.replica_id] = worker
         self._tell()
 
+    def leave(self, replica_id: str) -> None:
+        """Takes a worker out of its pool; it can be reached until `remove`, to end what it has begun."""
+        self._leavers.add(replica_id)
+        self._tell()
+
     def remove(self, replica_id: str) -> None:
         self._workers.pop(replica_id, None)
+        self._leavers.discard(replica_id)
         self._tell()
 
     async def reports(self, replica_id: str) -> AsyncIterator[WorkerReport]:
@@ -87,7 +94,7 @@ class InProcessTransport:
         return worker
 
     def _members(self) -> Members:
-        return {replica_id: worker.phase for replica_id, worker in self._workers.items()}
+        return {name: worker.phase for name, worker in self._workers.items() if name not in self._leavers}
 
     def _tell(self) -> None:
         for changed in self._changed:
