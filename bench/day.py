@@ -120,7 +120,7 @@ def day_figures(
     moments: Sequence[Moment],
     cpu_s: float,
 ) -> DayFigures:
-    """`gpu_s`: of prefill and decode; `num_changes`: replicas started and taken out. Raises ValueError without turns."""
+    """`gpu_s`: of prefill and decode; `num_changes`: replicas started and taken out. ValueError without turns."""
     if not turns:
         raise ValueError("no turn was measured; ask for more traffic")
     hours: list[list[bool]] = [[] for _ in range(24)]

@@ -68,9 +68,7 @@ class Day(Replay):
         self.num_left = 0
         self._memory = Memory()
         has_prefill = plan.most.prefill > 0
-        self._bounds = Bounds(
-            PoolSizes(int(has_prefill), 1), PoolSizes(plan.most.prefill, max(plan.most.decode, 1))
-        )
+        self._bounds = Bounds(PoolSizes(int(has_prefill), 1), PoolSizes(plan.most.prefill, max(plan.most.decode, 1)))
         self._machines = [
             _Machine(worker.phase, self.begin_s, self.begin_s, worker.replica_id) for worker in self._workers.values()
         ]

@@ -30,6 +30,9 @@ from gateway.routing.admission import AdmissionConfig
 from gateway.routing.policies import POLICIES
 from gateway.routing.receipts import Receipt, ReceiptStore
 from gateway.routing.types import Priority
+from gateway.scaling.demand import ServiceLevel
+from gateway.scaling.sizing import SizingConfig
+from gateway.scaling_ray import autoscaling_config, told
 from gateway.settings import NO_KEY, ConfigError, PolicySettings, PoolSettings, Settings, load
 from gateway.transport_ray import REQUEST_ROUTER, RayTransport
 from prefill.deployment import PrefillReplica
@@ -76,7 +79,7 @@ def build(settings: Settings) -> serve.Application:
     if pools.prefill.replicas:
         prefill = _deployment(PrefillReplica, pools.prefill, settings).bind(engine_spec(settings, Phase.PREFILL))
     gateway = Gateway.options(
-        num_replicas=settings.gateway.replicas,
+        **_number(settings.gateway.replicas, settings.gateway.replicas, settings),
         ray_actor_options={"num_cpus": settings.gateway.num_cpus, "runtime_env": RUNTIME_ENV},
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         graceful_shutdown_timeout_s=settings.gateway.drain_timeout_s,
@@ -136,6 +139,7 @@ class Gateway:
                 recovery_timeout_s=config.recovery.placement_timeout_s,
                 drop_logprobs=drop_logprobs,
                 admission=AdmissionConfig(**config.admission.model_dump()),
+                slo=ServiceLevel(config.scaling.ttft_s, config.scaling.ttft_per_read, config.scaling.tpot_s),
             ),
             closed=self._close_receipt,
             replica_lost=metrics.count_loss,
@@ -188,6 +192,10 @@ class Gateway:
         """What decides in this replica, for another one that is asked for the policies of all."""
         return None if asker == self._peers.own_id else (self._peers.own_id, self._policies_in_use())
 
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve's call, every few seconds where pools are scaled."""
+        return told(self._orchestrator.demand)
+
     async def check_health(self) -> None:
         if self._client.errored:
             raise RuntimeError("the gateway's output loop has failed; its log says why")
@@ -213,6 +221,15 @@ async def _meet(handles: Mapping[Phase, DeploymentHandle], timeout_s: float) -> 
         await hellos[Phase.DECODE]
 
 
+def _number(least: int, most: int, settings: Settings) -> dict[str, Any]:
+    """The options that say how many replicas a deployment has."""
+    if not settings.is_scaled:
+        return {"num_replicas": least}
+    # All of them, also those that keep their number: Serve tells its policy only of what may be scaled.
+    sizing = SizingConfig(target=settings.scaling.target, hold_s=settings.scaling.hold_s)
+    return {"autoscaling_config": autoscaling_config(least, most, sizing)}
+
+
 def _deployment(deployment: Any, pool: PoolSettings, settings: Settings) -> Any:
     make_router_config: Any = RequestRouterConfig  # its signature says that every argument is a dict
     options: dict[str, Any] = {"num_cpus": pool.num_cpus, "num_gpus": pool.gpus_per_replica, "runtime_env": RUNTIME_ENV}
@@ -221,7 +238,7 @@ def _deployment(deployment: Any, pool: PoolSettings, settings: Settings) -> Any:
     if pool.label_selector:
         options["label_selector"] = pool.label_selector
     return deployment.options(
-        num_replicas=pool.replicas,
+        **_number(pool.replicas, pool.most_replicas, settings),
         ray_actor_options=options,
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         graceful_shutdown_timeout_s=settings.gateway.drain_timeout_s,

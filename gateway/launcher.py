@@ -91,7 +91,7 @@ def serve(settings: Settings, build: str = BUILD, console: Console | None = None
     code = 0
     signals.install()
     try:
-        _refuse_other_cluster(settings)
+        _refuse_clusters(settings)
         settings, api_key = with_own_key(settings)
         base = base_dir()
         healed = processes.heal(base)
@@ -173,11 +173,16 @@ def failure_of(status: AppStatus) -> str:
     return root_cause(status.message) or f"Ray Serve says {status.status}"
 
 
-def _refuse_other_cluster(settings: Settings) -> None:
+def _refuse_clusters(settings: Settings) -> None:
     if settings.runtime.ray_address:
         raise StartError(
             "runtime.ray_address is set, but `baton serve` runs on this machine only; remove it, or deploy "
             "gateway.app:build on that cluster with `serve run`"
+        )
+    if settings.is_scaled:
+        raise StartError(
+            "a pool has max_replicas, and `baton serve` starts a fixed number of engines on this machine; remove it, "
+            "or deploy on a cluster with configs/serve.yaml"
         )
 
 

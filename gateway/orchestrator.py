@@ -150,7 +150,7 @@ class OrchestratorConfig:
     drop_logprobs: Callable[[bytes, int], bytes] = lambda logprobs, num_tokens: logprobs
     admission: AdmissionConfig = field(default_factory=AdmissionConfig)
     rank: Callable[[RequestView, float, float, float], int] = rank_ms
-    slo: ServiceLevel = ServiceLevel()
+    slo: ServiceLevel = field(default_factory=ServiceLevel)
 
 
 @dataclass(frozen=True)

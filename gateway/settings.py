@@ -59,6 +59,10 @@ class PoolSettings(Section):
     """One pool of equal engines: how many, where they run, how they are run."""
 
     replicas: Annotated[int, Field(ge=0)] = 1
+    max_replicas: PositiveInt | None = Field(
+        default=None,
+        description="set: between `replicas` and so many, by demand; on a cluster, from a Serve config (docs/adr/0020)",
+    )
     device: Literal["cpu", "cuda"] = "cuda"
     cpu_cores: list[list[int]] | None = Field(
         default=None, description="CPU engines only: the cores of each replica, e.g. [[0], [1]]"
@@ -71,6 +75,23 @@ class PoolSettings(Section):
     label_selector: dict[str, str] = Field(default={}, description="Ray node labels this pool must run on")
     engine: EngineSettings = EngineSettings()
     env: dict[str, str] = Field(default={}, description="extra environment of the engine's processes")
+
+    @model_validator(mode="after")
+    def _can_grow(self) -> Self:
+        if self.max_replicas is not None and self.max_replicas < max(self.replicas, 1):
+            raise ValueError(
+                f"max_replicas is {self.max_replicas}, and replicas, the fewest that there are, is {self.replicas}; "
+                "raise the one or lower the other"
+            )
+        if self.max_replicas is not None and not self.replicas:
+            raise ValueError(
+                "a pool that grows begins with one replica or more; set replicas to 1, or drop max_replicas"
+            )
+        return self
+
+    @property
+    def most_replicas(self) -> int:
+        return self.max_replicas or self.replicas
 
     @property
     def gpus_per_replica(self) -> float:
@@ -248,6 +269,18 @@ class RoutingSettings(PolicySettings):
     receipts_file_mb: PositiveInt = Field(default=64, description="of one gateway; as much again of older ones is kept")
 
 
+class ScalingSettings(Section):
+    """What pools with `max_replicas` are sized to keep: most turns in time (docs/adr/0020)."""
+
+    ttft_s: PositiveFloat = Field(default=2.0, description="a first token within so long, and")
+    ttft_per_read: NotNegativeFloat = Field(
+        default=1.5, description="so many times what an idle engine takes to read the whole prompt, is in time"
+    )
+    tpot_s: PositiveFloat = Field(default=0.05, description="so long a token on average is in time")
+    target: Share = Field(default=0.95, description="the share of turns that is to be in time")
+    hold_s: PositiveFloat = Field(default=600.0, description="a pool shrinks to what was needed in so long")
+
+
 class RuntimeSettings(Section):
     """How a run starts and stays whole. `ray_address`, `num_cpus`, `object_store_mb` and `demo_prompt` are for the
     local Ray that `baton serve` starts, and unused on an existing cluster."""
@@ -282,6 +315,7 @@ class Settings(BaseSettings):
     recovery: RecoverySettings = RecoverySettings()
     routing: RoutingSettings = RoutingSettings()
     admission: AdmissionSettings = AdmissionSettings()
+    scaling: ScalingSettings = ScalingSettings()
     tenants: list[TenantSettings] = Field(default=[], description="without any, everybody on this machine may ask")
     runtime: RuntimeSettings = RuntimeSettings()
 
@@ -308,9 +342,9 @@ class Settings(BaseSettings):
                 continue
             if pool.device != "cpu":
                 raise ValueError(f"pools.{name}.cpu_cores is for device: cpu; remove it or set device: cpu")
-            if len(pool.cpu_cores) < pool.replicas or not all(pool.cpu_cores):
+            if len(pool.cpu_cores) < pool.most_replicas or not all(pool.cpu_cores):
                 raise ValueError(
-                    f"pools.{name}.cpu_cores lists {len(pool.cpu_cores)} core sets for {pool.replicas} replicas; "
+                    f"pools.{name}.cpu_cores lists {len(pool.cpu_cores)} core sets for {pool.most_replicas} replicas; "
                     "give each replica its own, e.g. [[0], [1]]"
                 )
             for index, cores in enumerate(pool.cpu_cores):
@@ -404,6 +438,11 @@ class Settings(BaseSettings):
         return tenant.max_ttft_deadline_s or self.admission.ttft_deadline_s
 
     @property
+    def is_scaled(self) -> bool:
+        """Whether any pool is sized by demand."""
+        return any(pool.max_replicas is not None for pool in (self.pools.prefill, self.pools.decode))
+
+    @property
     def model_name(self) -> str:
         return self.model.served_name or self.model.path
 
@@ -491,6 +530,7 @@ __all__ = [
     "RecoverySettings",
     "RoutingSettings",
     "RuntimeSettings",
+    "ScalingSettings",
     "Settings",
     "SimulationSettings",
     "TenantSettings",

@@ -1,7 +1,8 @@
-"""Owns what the requests of a gateway ask of the pools, in replicas' worth, over the last minute. Times are the caller's.
+"""Owns what the requests of a gateway ask of the pools, in replicas' worth, over the last minute.
 
 Nothing of it counts requests that are open: those become more when engines are slow, and streams of reports are open
-for ever. What is counted is the work that comes, refused requests included, by the costs that were learnt.
+for ever. What is counted is the work that comes, refused requests included, by the costs that were learnt. Times are
+of the caller's clock.
 """
 
 from collections import deque
@@ -60,72 +61,74 @@ def writing_tokens_per_s(step: StepCost, context_tokens: float, max_num_seqs: in
     return batch / step.seconds(batch, batch * context_tokens)
 
 
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    at_s: float
-    read_s: float
-    on_decode: bool
-    num_output_tokens: float
-    num_context_tokens: float
+@dataclass(slots=True)
+class _Second:
+    """Sums over what came, and what was answered, in one second of the clock. `context_tokens`: weighed by output."""
 
-
-@dataclass(frozen=True, slots=True)
-class _Ended:
-    at_s: float
-    ttft_kept: bool
-    tpot_kept: bool
+    second: int
+    read_s: float = 0.0
+    read_on_decode_s: float = 0.0
+    output_tokens: float = 0.0
+    context_tokens: float = 0.0
+    num_ended: int = 0
+    num_ttft_kept: int = 0
+    num_tpot_kept: int = 0
 
 
 class DemandMeter:
-    """Of one gateway. Its memory is what came in the last WINDOW_S."""
+    """Of one gateway. Its memory is a sum for each of the last seconds, whatever comes."""
 
     def __init__(self, slo: ServiceLevel, now_s: float) -> None:
         self._slo = slo
         self._since_s = now_s
-        self._asked: deque[_Asked] = deque()
-        self._ended: deque[_Ended] = deque()
+        self._seconds: deque[_Second] = deque()
 
     def asked(
         self, now_s: float, read_s: float, on_decode: bool, num_output_tokens: float, num_prompt_tokens: int
     ) -> None:
         """A turn has come, and was placed or refused: how long its prompt will be read, and how long its answer will
         be, as predicted."""
-        context_tokens = num_prompt_tokens + num_output_tokens / 2
-        self._asked.append(_Asked(now_s, read_s, on_decode, num_output_tokens, context_tokens))
-        self._forget(now_s)
+        now = self._second(now_s)
+        now.read_s += read_s
+        now.read_on_decode_s += read_s if on_decode else 0.0
+        now.output_tokens += num_output_tokens
+        now.context_tokens += num_output_tokens * (num_prompt_tokens + num_output_tokens / 2)
 
     def ended(self, now_s: float, ttft_s: float, cold_read_s: float, tpot_s: float) -> None:
         """A turn was answered. `cold_read_s`: what an idle engine takes for its whole prompt."""
-        slo = self._slo
-        self._ended.append(
-            _Ended(now_s, ttft_s <= slo.ttft_s + slo.ttft_per_read * cold_read_s, tpot_s <= slo.tpot_s)
-        )
-        self._forget(now_s)
+        now, slo = self._second(now_s), self._slo
+        now.num_ended += 1
+        now.num_ttft_kept += ttft_s <= slo.ttft_s + slo.ttft_per_read * cold_read_s
+        now.num_tpot_kept += tpot_s <= slo.tpot_s
 
     def demand(self, now_s: float, costs: Costs, decode: Iterable[ReplicaView]) -> Demand:
         """`decode`: the replicas as this gateway sees them, with what it has there itself."""
-        self._forget(now_s)
+        self._second(now_s)
         over_s = min(max(now_s - self._since_s, 1.0), WINDOW_S)
         views = list(decode)
         capacity_tokens = max((view.num_kv_blocks * view.block_size_tokens for view in views), default=0)
-        num_tokens = sum(one.num_output_tokens for one in self._asked)
-        context_tokens = sum(one.num_output_tokens * one.num_context_tokens for one in self._asked)
+        num_tokens = sum(one.output_tokens for one in self._seconds)
+        context_tokens = sum(one.context_tokens for one in self._seconds)
         max_num_seqs = max((view.max_num_seqs for view in views), default=0)
         per_s = writing_tokens_per_s(
             costs.decode.step, context_tokens / num_tokens if num_tokens else 0.0, max_num_seqs, self._slo.tpot_s
         )
         wanted_tokens = sum(max(view.in_flight_tokens, view.promised_tokens) for view in views)
         return Demand(
-            read=sum(one.read_s for one in self._asked) / over_s,
-            read_on_decode=sum(one.read_s for one in self._asked if one.on_decode) / over_s,
+            read=sum(one.read_s for one in self._seconds) / over_s,
+            read_on_decode=sum(one.read_on_decode_s for one in self._seconds) / over_s,
             write=num_tokens / over_s / per_s,
             keep=wanted_tokens / capacity_tokens if capacity_tokens else 0.0,
-            num_ended=len(self._ended),
-            num_ttft_kept=sum(one.ttft_kept for one in self._ended),
-            num_tpot_kept=sum(one.tpot_kept for one in self._ended),
+            num_ended=sum(one.num_ended for one in self._seconds),
+            num_ttft_kept=sum(one.num_ttft_kept for one in self._seconds),
+            num_tpot_kept=sum(one.num_tpot_kept for one in self._seconds),
         )
 
-    def _forget(self, now_s: float) -> None:
-        for kept in (self._asked, self._ended):
-            while kept and kept[0].at_s < now_s - WINDOW_S:
-                kept.popleft()
+    def _second(self, now_s: float) -> _Second:
+        """The present one; those before the window are forgotten."""
+        second = int(now_s)
+        while self._seconds and self._seconds[0].second <= second - WINDOW_S:
+            self._seconds.popleft()
+        if not self._seconds or self._seconds[-1].second != second:
+            self._seconds.append(_Second(second))
+        return self._seconds[-1]

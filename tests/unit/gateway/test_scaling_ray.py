@@ -1,0 +1,117 @@
+"""The sizing as Serve asks for it: with the context of each deployment of the application."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from gateway.app import build
+from gateway.scaling.demand import Demand
+from gateway.scaling.sizing import SizingConfig
+from gateway.scaling_ray import KeepSize, PoolScaling, autoscaling_config, told
+from gateway.settings import Settings
+
+
+@dataclass
+class Context:
+    """What of Serve's AutoscalingContext is read."""
+
+    deployment_name: str
+    least: int = 1
+    most: int = 8
+    target_num_replicas: int = 1
+    running_replicas: list[str] = field(default_factory=list[str])
+    aggregated_metrics: dict[str, dict[str, float]] | None = None
+    current_time: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.capacity_adjusted_min_replicas, self.capacity_adjusted_max_replicas = self.least, self.most
+        self.config = autoscaling_config(self.least, self.most, SizingConfig(read_share=1.0, write_share=1.0))
+
+
+def contexts(*told_by: Demand, at_s: float = 0.0, prefill: bool = True) -> dict[str, Any]:
+    """Gateways that have told this; a deployment's id is here its name with a prefix."""
+    metrics: dict[str, dict[str, float]] = {}
+    for number, demand in enumerate(told_by):
+        for name, value in told(demand).items():
+            metrics.setdefault(name, {})[f"g{number}"] = value
+    gateway = Context(
+        "gateway",
+        len(told_by),
+        len(told_by),
+        running_replicas=[f"g{number}" for number in range(len(told_by))],
+        aggregated_metrics=metrics,
+    )
+    pools = [Context("decode", current_time=at_s), *([Context("prefill", current_time=at_s)] if prefill else [])]
+    return {f"id-{context.deployment_name}": context for context in (gateway, *pools)}
+
+
+def test_what_all_gateways_tell_together_sizes_both_pools() -> None:
+    sizes, _ = PoolScaling()(contexts(Demand(read=1.4, write=0.7), Demand(read=1.4, write=0.7)))
+    assert sizes == {"id-prefill": 3, "id-decode": 2}
+
+
+def test_an_application_without_a_prefill_pool_has_decode_sized() -> None:
+    sizes, _ = PoolScaling()(contexts(Demand(read=1.4, read_on_decode=1.4, write=0.7), prefill=False))
+    assert sizes == {"id-decode": 3}
+
+
+def test_nothing_is_decided_before_every_gateway_has_told() -> None:
+    asked = contexts(Demand(read=5.0), Demand(read=5.0))
+    del asked["id-gateway"].aggregated_metrics["read"]["g1"]
+    assert PoolScaling()(asked) == ({}, None)
+    asked["id-gateway"].aggregated_metrics = None
+    assert PoolScaling()(asked) == ({}, None)
+
+
+def test_serve_asks_more_often_than_gateways_tell_and_only_news_is_weighed() -> None:
+    policy = PoolScaling()
+    late = Demand(num_ended=100, num_ttft_kept=0, num_tpot_kept=100)
+    for at_s in range(100):
+        policy(contexts(late, at_s=float(at_s)))
+    assert policy._memory.read_margin == 1.0
+    policy(contexts(Demand(num_ended=99, num_ttft_kept=0, num_tpot_kept=99), at_s=100.0))
+    assert policy._memory.read_margin > 1.0
+
+
+def test_it_remembers_from_one_call_to_the_next() -> None:
+    policy = PoolScaling()
+    policy(contexts(Demand(write=3.5)))
+    assert policy(contexts(Demand(write=0.5), at_s=10.0))[0]["id-decode"] == 4
+
+
+def test_without_the_policy_pools_keep_their_size() -> None:
+    config = autoscaling_config(1, 8, SizingConfig())
+    keep = KeepSize(**config.policy.policy_kwargs)
+    context: Any = Context("decode", target_num_replicas=3)
+    assert keep(context) == (3, {})
+    assert config.policy.policy_function == "gateway.scaling_ray:KeepSize"
+
+
+def settings(**decode: Any) -> Settings:
+    pool = {"device": "cpu", "engine": {"block_size_tokens": 32}, **decode}
+    return Settings.model_validate(
+        {
+            "model": {"path": "m", "max_model_len": 1024},
+            "simulation": {},
+            "pools": {"decode": pool},
+            "scaling": {"target": 0.9, "hold_s": 60},
+        }
+    )
+
+
+def test_a_pool_that_may_grow_makes_serve_listen_to_the_gateways_too() -> None:
+    graph = build(settings(replicas=2, max_replicas=5))
+    gateway = graph._bound_deployment
+    decode = gateway.init_args[1]._bound_deployment
+    config = decode._deployment_config.autoscaling_config
+    assert (config.min_replicas, config.initial_replicas, config.max_replicas) == (2, 2, 5)
+    assert (config.upscale_delay_s, config.downscale_delay_s) == (0, 0)
+    assert config.policy.policy_kwargs["target"] == 0.9
+    assert config.policy.policy_kwargs["hold_s"] == 60
+    config = gateway._deployment_config.autoscaling_config
+    assert (config.min_replicas, config.max_replicas) == (1, 1)
+
+
+def test_pools_of_a_fixed_size_are_left_alone() -> None:
+    gateway = build(settings(replicas=2))._bound_deployment
+    assert gateway._deployment_config.autoscaling_config is None
+    assert gateway.init_args[1]._bound_deployment.num_replicas == 2
