@@ -10,6 +10,7 @@ from bench.commands.overload import overload
 from bench.commands.replay import replay
 from bench.commands.reverse import reverse
 from bench.commands.rolling import rolling
+from bench.commands.scaling import scaling
 from bench.commands.soak import soak
 from bench.commands.streams import streams
 
@@ -20,7 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for command in (overhead, streams, overload, soak, faults, rolling, decisions, agents, reverse, replay):
+for command in (overhead, streams, overload, soak, faults, rolling, decisions, agents, reverse, replay, scaling):
     app.command()(command)
 
 

@@ -3,10 +3,11 @@
 import math
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from bench.replay_plan import SLO, RunPlan, Shape, TurnResult
 from bench.stats import Percentiles, percentiles
+from gateway.scaling.sizing import SizingConfig
 
 DAY_S = 86_400.0
 
@@ -56,8 +57,8 @@ class Traffic:
 @dataclass(frozen=True)
 class DayPlan:
     """One run. `run.shape` is what it begins with, and keeps unless it is `scaled`: then pools have from one decode
-    replica to `most` of each. A replica serves `start_up_s` after it was asked for; sizes are looked at every
-    `tick_s`."""
+    replica to `most` of each, by `sizing`. A replica serves `start_up_s` after it was asked for; sizes are looked at
+    every `tick_s`."""
 
     run: RunPlan
     traffic: Traffic
@@ -65,6 +66,7 @@ class DayPlan:
     most: Shape
     start_up_s: float = 180.0
     tick_s: float = 10.0
+    sizing: SizingConfig = field(default_factory=SizingConfig)
 
     @property
     def name(self) -> str:

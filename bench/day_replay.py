@@ -119,7 +119,8 @@ class Day(Replay):
             now_s = self._loop.time()
             reason = ""
             if self._day.scaled:
-                sizing = size_pools(self._orchestrator.demand, self._bounds, self._memory, now_s)
+                demand = self._orchestrator.demand
+                sizing = size_pools(demand, self._bounds, self._memory, now_s, self._day.sizing)
                 self._memory, reason = sizing.memory, sizing.reason
                 self._bring_to(Phase.PREFILL, sizing.sizes.prefill, now_s)
                 self._bring_to(Phase.DECODE, sizing.sizes.decode, now_s)

@@ -76,9 +76,7 @@ def test_kv_is_what_runs_or_what_sessions_will_want_back_whichever_is_more() -> 
     assert keep == pytest.approx((300 + 600) / 1000)
 
 
-@pytest.mark.parametrize(
-    ("ttft_s", "tpot_s", "kept"), [(1.9, 0.04, (1, 1)), (2.1, 0.04, (0, 1)), (1.9, 0.06, (1, 0))]
-)
+@pytest.mark.parametrize(("ttft_s", "tpot_s", "kept"), [(1.9, 0.04, (1, 1)), (2.1, 0.04, (0, 1)), (1.9, 0.06, (1, 0))])
 def test_turns_are_in_time_by_their_first_token_and_by_the_others(
     ttft_s: float, tpot_s: float, kept: tuple[int, int]
 ) -> None:

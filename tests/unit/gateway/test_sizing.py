@@ -12,8 +12,8 @@ TOGETHER = Bounds(PoolSizes(0, 1), PoolSizes(0, 10))
 EXACT = SizingConfig(read_share=1.0, write_share=1.0, keep_share=1.0)
 
 
-def sizes(demand: Demand, bounds: Bounds = SPLIT, memory: Memory = Memory()) -> tuple[int, int]:
-    return dataclasses.astuple(size_pools(demand, bounds, memory, 0.0, EXACT).sizes)
+def sizes(demand: Demand, bounds: Bounds = SPLIT) -> tuple[int, int]:
+    return dataclasses.astuple(size_pools(demand, bounds, Memory(), 0.0, EXACT).sizes)
 
 
 def test_where_every_request_is_split_reading_sizes_prefill_and_writing_decode() -> None:

@@ -1,0 +1,97 @@
+"""Owns the command `scaling`: a day of traffic over simulated GPUs, with pools that are sized as it goes on."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from bench.commands.terminal import (
+    drawing,
+    end,
+    fail,
+    interrupt_once,
+    make_console,
+    num_missed,
+    parse_names,
+    parse_reals,
+)
+from bench.results import gather_setting, write_json
+
+
+def scaling(
+    trace: Annotated[Path, typer.Argument(help="A file or folder of recorded traces (bench/trace_files.py).")],
+    per_minute: Annotated[float, typer.Option(min=0.001, help="Trajectories a minute, the mean of the day.")] = 0.8,
+    traffic: Annotated[str, typer.Option(help="diurnal, bursty: the same with bursts; comma-separated.")] = "bursty",
+    hours: Annotated[float, typer.Option(min=0.5, help="How long the day is: with less, load changes faster.")] = 24.0,
+    static: Annotated[str, typer.Option(help="Fixed pools to compare with: PREFILLxDECODE or aggregated-N.")] = (
+        "1x6,1x7,1x8,aggregated-7,aggregated-8"
+    ),
+    most: Annotated[str, typer.Option(help="The most replicas of sized pools, in the same form.")] = "6x10",
+    seeds: Annotated[str, typer.Option(help="Comma-separated; each decides who arrives when.")] = "",
+    policy: Annotated[str, typer.Option(help="What places requests.")] = "baton",
+    model: Annotated[str, typer.Option(help="GPU and model (engine/roofline.py).")] = "qwen3-coder-30b-a3b-fp8-h100",
+    shards: Annotated[int, typer.Option(min=1, help="Processes; each takes a core.")] = 2,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything that was measured here.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the figures into this HTML file.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A day of two hours, and one fixed size.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Exit 1 where a target is missed.")] = False,
+) -> None:
+    """Replay a day of traffic: GPU-hours of pools that follow it, against pools of a fixed size."""
+    console = make_console()
+    from bench.day import Traffic
+    from bench.day_experiment import Experiment
+    from bench.day_report import ScalingPlan, ScalingReport, day_tables, targets
+    from bench.replay import REPLAYED
+    from bench.replay_plan import Shape
+    from bench.traces import TraceError
+    from engine.roofline import ROOFLINES
+
+    draw = drawing(plot, "day_plot")
+    if policy not in REPLAYED:
+        fail(f"--policy is {policy!r}; there are {', '.join(REPLAYED)}")
+    if model not in ROOFLINES:
+        fail(f"--model is {model!r}; there are {', '.join(ROOFLINES)}")
+    day_s = (2.0 if quick else hours) * 3600
+    bursty = Traffic(per_minute / 60, day_s)
+    known = {"diurnal": Traffic(per_minute / 60, day_s, num_bursts=0), "bursty": bursty}
+    if unknown := [name for name in parse_names(traffic) if name not in known]:
+        fail(f"--traffic names {', '.join(unknown)}; there are {', '.join(known)}")
+    try:
+        fixed = tuple(Shape.parse(name) for name in parse_names(static))
+        limits = tuple(Shape.parse(name) for name in parse_names(most))
+    except ValueError as error:
+        fail(f"--static and --most: {error}")
+    plan = ScalingPlan(
+        str(trace),
+        policy,
+        model,
+        tuple((name, known[name]) for name in parse_names(traffic)),
+        tuple(int(seed) for seed in parse_reals(seeds, "--seeds")) or (0,),
+        fixed[:1] if quick else fixed,
+        limits,
+        shards,
+    )
+
+    def save(report: ScalingReport) -> None:
+        if json_file is not None:
+            write_json(report, json_file)
+
+    try:
+        experiment = Experiment(
+            plan, gather_setting(), lambda words: console.print(escape(words), soft_wrap=True), save
+        )
+    except (TraceError, OSError) as error:
+        fail(str(error))
+    interrupt_once()
+    try:
+        experiment.run()
+    except KeyboardInterrupt:
+        console.print("[yellow]interrupted; the runs that had not ended are left out[/]")
+    report = experiment.report
+    for table in day_tables(report):
+        console.print(table)
+    if draw is not None and plot is not None:
+        draw(report, plot)
+    missed = num_missed(console, targets(), report) if check else 0
+    end(report.complete, missed or report.failed)
