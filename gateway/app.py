@@ -24,6 +24,7 @@ from gateway.agents.tenants import Tenant
 from gateway.orchestrator import Orchestrator, OrchestratorConfig
 from gateway.peers import PoliciesInUse
 from gateway.peers_ray import RayPeers
+from gateway.planning import ShadowPlanner
 from gateway.receipt_log import SUFFIX as RECEIPTS_SUFFIX
 from gateway.receipt_log import ReceiptLog
 from gateway.routing.admission import AdmissionConfig
@@ -31,7 +32,8 @@ from gateway.routing.policies import POLICIES
 from gateway.routing.receipts import Receipt, ReceiptStore
 from gateway.routing.types import Priority
 from gateway.scaling.demand import ServiceLevel
-from gateway.scaling.sizing import SizingConfig
+from gateway.scaling.planner import PlannerConfig
+from gateway.scaling.sizing import Bounds, PoolSizes, SizingConfig
 from gateway.scaling_ray import autoscaling_config, told
 from gateway.settings import NO_KEY, ConfigError, PolicySettings, PoolSettings, Settings, load
 from gateway.transport_ray import REQUEST_ROUTER, RayTransport
@@ -150,13 +152,19 @@ class Gateway:
             file = Path(config.routing.receipts_folder) / f"{context.replica_tag}{RECEIPTS_SUFFIX}"
             max_bytes = config.routing.receipts_file_mb * 1_000_000
             self._receipt_log = ReceiptLog(file, max_bytes, metrics.RECEIPTS_DROPPED.inc)
+        self._planner = ShadowPlanner(
+            self._orchestrator, _bounds(config), _sizing(config), PlannerConfig(target=config.scaling.target)
+        )
         self._peers = RayPeers(context.replica_tag, serve.get_deployment_handle(context.deployment, context.app_name))
         # The application is made while the engines load.
         (self._app, self._client), _ = await asyncio.gather(
-            make_app(server_config(config), self._orchestrator, self._peers, self._policies_in_use),
+            make_app(
+                server_config(config), self._orchestrator, self._peers, self._policies_in_use, self._planner.as_json
+            ),
             _meet(handles, config.runtime.start_timeout_s),
         )
         await self._orchestrator.start(FEWEST_READY, config.runtime.start_timeout_s)
+        self._planning = asyncio.create_task(self._planner.run())
         calm_garbage_collector()
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -206,6 +214,8 @@ class Gateway:
             self._receipt_log.append(receipt)
 
     async def __del__(self) -> None:
+        if planning := getattr(self, "_planning", None):
+            planning.cancel()
         if orchestrator := getattr(self, "_orchestrator", None):
             await orchestrator.close()
         if log := getattr(self, "_receipt_log", None):
@@ -226,8 +236,27 @@ def _number(least: int, most: int, settings: Settings) -> dict[str, Any]:
     if not settings.is_scaled:
         return {"num_replicas": least}
     # All of them, also those that keep their number: Serve tells its policy only of what may be scaled.
-    sizing = SizingConfig(target=settings.scaling.target, hold_s=settings.scaling.hold_s)
-    return {"autoscaling_config": autoscaling_config(least, most, sizing)}
+    return {"autoscaling_config": autoscaling_config(least, most, _sizing(settings))}
+
+
+def _sizing(settings: Settings) -> SizingConfig:
+    return SizingConfig(target=settings.scaling.target, hold_s=settings.scaling.hold_s)
+
+
+FIXED_POOLS_TIMES = 8
+"""How much larger than they are the planner may propose pools that have no `max_replicas`."""
+
+
+def _bounds(settings: Settings) -> Bounds:
+    """What the planner may propose."""
+
+    def of(pool: PoolSettings) -> tuple[int, int]:
+        if pool.max_replicas is not None:
+            return pool.replicas, pool.max_replicas
+        return min(pool.replicas, 1), pool.replicas * FIXED_POOLS_TIMES
+
+    (least_prefill, most_prefill), (least_decode, most_decode) = of(settings.pools.prefill), of(settings.pools.decode)
+    return Bounds(PoolSizes(least_prefill, least_decode), PoolSizes(most_prefill, most_decode))
 
 
 def _deployment(deployment: Any, pool: PoolSettings, settings: Settings) -> Any:

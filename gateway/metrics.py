@@ -55,6 +55,10 @@ POLICY_SWITCHES = Counter(
     "Changes of what decides in this gateway, by what decides since; what it started with is none",
     ["policy", "shadow_policy"],
 )
+PROPOSALS = Counter("baton_proposals", "What the planner would have done; nobody does it", ["action"])
+PROPOSALS_SCORED = Counter(
+    "baton_proposals_scored", "What the planner would have done, by what happened without it", ["action", "verdict"]
+)
 RECEIPTS_DROPPED = Counter("baton_receipts_dropped", "Receipts that came faster than the disk takes them")
 PROMPT_TOKENS = Counter("baton_prompt_tokens", "Prompt tokens by where they came from", ["source"])
 KV_BYTES = Counter("baton_kv_moved_bytes", "Bytes of KV cache that decode engines fetched from prefill engines")

@@ -110,10 +110,14 @@ class MetricsResponse(Response):
 
 
 async def make_app(
-    config: ServerConfig, orchestrator: Orchestrator, peers: Peers, policies: Callable[[], PoliciesInUse]
+    config: ServerConfig,
+    orchestrator: Orchestrator,
+    peers: Peers,
+    policies: Callable[[], PoliciesInUse],
+    proposals: Callable[[], dict[str, Any]],
 ) -> tuple[FastAPI, SplitEngineClient]:
-    """vLLM's application over `orchestrator`. `policies` tells what decides in it now. Raises ValueError when the
-    model's files cannot be used."""
+    """vLLM's application over `orchestrator`. `policies` tells what decides in it now, `proposals` what its planner
+    would do. Raises ValueError when the model's files cannot be used."""
     os.environ["VLLM_ENABLE_RESPONSES_API_STORE"] = "0"
     os.environ["VLLM_SERVER_DEV_MODE"] = "0"
     args = make_arg_parser(FlexibleArgumentParser()).parse_args(command_line(config))
@@ -125,7 +129,7 @@ async def make_app(
     app.state.server = SimpleNamespace()
     for name in LOGS_OF_REFUSALS:
         logging.getLogger(name).addFilter(NOT_REFUSED)
-    _add_baton_routes(app, config, orchestrator, peers, policies)
+    _add_baton_routes(app, config, orchestrator, peers, policies, proposals)
     keep_routes(app, config.enable_docs)
     for status in (404, 405):
         app.add_exception_handler(status, _unknown_route)
@@ -180,6 +184,7 @@ def _add_baton_routes(
     orchestrator: Orchestrator,
     peers: Peers,
     policies: Callable[[], PoliciesInUse],
+    proposals: Callable[[], dict[str, Any]],
 ) -> None:
     def add(path: str, handler: Callable[..., Any], response_class: type[Response] = JSONResponse) -> None:
         # Baton's route takes the place of vLLM's, if it has one there.
@@ -211,7 +216,7 @@ def _add_baton_routes(
                 "gateways": peers.members(),
                 "policies": dataclasses.asdict(policies()),
                 "pools": pools,
-                **({"learnt": msgspec.to_builtins(orchestrator.learnt)} if sees_all else {}),
+                **({"learnt": msgspec.to_builtins(orchestrator.learnt), "proposals": proposals()} if sees_all else {}),
             }
         )
 

@@ -69,9 +69,10 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Sizing:
-    """`reason` in words."""
+    """`needed` at this moment; `sizes` with what is held. `reason` in words."""
 
     sizes: PoolSizes
+    needed: PoolSizes
     memory: Memory
     reason: str
 
@@ -86,7 +87,7 @@ def size_pools(
     held = PoolSizes(max(n.sizes.prefill for n in needs), max(n.sizes.decode for n in needs))
     if held != needed:
         reason += f"; held at {held.prefill}+{held.decode} by the last {config.hold_s:g} s"
-    return Sizing(held, replace(memory, needs=needs), reason)
+    return Sizing(held, needed, replace(memory, needs=needs), reason)
 
 
 def _with_margins(demand: Demand, memory: Memory, now_s: float, config: SizingConfig) -> Memory:

@@ -75,7 +75,7 @@ async def app_of(server_config: ServerConfig, peers: Peers | None = None) -> Fas
         InProcessTransport("gateway", []), least_tokens, ReceiptStore(10),
         OrchestratorConfig(handoff_timeout_s=1.0, max_in_flight_requests=10, warm_up_sampling=warm_up_sampling()),
     )  # fmt: skip
-    app, _ = await make_app(server_config, orchestrator, peers or Alone("gateway-1"), lambda: POLICIES_IN_USE)
+    app, _ = await make_app(server_config, orchestrator, peers or Alone("gateway-1"), lambda: POLICIES_IN_USE, dict)
     return app
 
 

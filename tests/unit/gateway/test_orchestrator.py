@@ -720,6 +720,22 @@ def test_a_request_that_would_be_late_is_refused_and_leaves_nothing() -> None:
     simulate(main)
 
 
+def test_what_is_refused_counts_as_demand_and_what_was_answered_in_time_is_told() -> None:
+    async def main() -> None:
+        async with Rig() as rig:
+            await read_enough(rig)
+            before = rig.orchestrator.demand
+            assert before.num_ended == before.num_ttft_kept > 0
+            with pytest.raises(PlacementRejected, match="predicted time to the first token"):
+                hurried(rig, 0.001)
+            demand = rig.orchestrator.demand
+            assert demand.read > before.read
+            assert demand.write > before.write
+            assert demand.num_ended == before.num_ended
+
+    simulate(main)
+
+
 def test_the_lowest_priority_is_refused_first_and_taken_again_when_the_queue_is_shorter() -> None:
     async def main() -> None:
         shares = AdmissionConfig(low_share=0.5, normal_share=0.7, high_share=0.9)

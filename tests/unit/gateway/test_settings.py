@@ -297,3 +297,20 @@ def test_without_tenants_it_may_run_on_no_cluster_whatever_the_host(config: Path
 def test_an_application_for_an_existing_cluster_has_tenants(config: Path) -> None:
     with pytest.raises(ConfigError, match=r"has no tenants, and Ray Serve listens on every network"):
         from_config({"config": str(config)})
+
+
+@pytest.mark.parametrize(
+    ("pool", "says"),
+    [
+        ("replicas: 3, max_replicas: 2", "max_replicas is 2, and replicas, the fewest that there are, is 3"),
+        ("replicas: 1, max_replicas: 2", "lists 1 core sets for 2 replicas"),
+    ],
+)
+def test_a_pool_that_cannot_grow_as_it_says_is_refused(tmp_path: Path, pool: str, says: str) -> None:
+    text = GOOD.replace("decode: {device", f"decode: {{{pool}, device")
+    assert says in refusal(written(tmp_path, text))
+
+
+def test_a_prefill_pool_that_grows_begins_with_a_replica(tmp_path: Path) -> None:
+    text = GOOD.replace("pools:\n", "pools:\n  prefill: {replicas: 0, max_replicas: 2, device: cpu}\n")
+    assert "a pool that grows begins with one replica or more" in refusal(written(tmp_path, text))
