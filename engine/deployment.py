@@ -42,6 +42,7 @@ class EngineSpec:
     lease_s: int = 30
     progress_thread_delay_us: int = 100
     ucx_tls: str | None = None
+    kv_format: str = ""
     reverse: bool = False
     env: dict[str, str] = field(default_factory=dict)
     simulation: SimulatedEngineConfig | None = None
@@ -75,6 +76,7 @@ class EngineSpec:
             lease_s=self.lease_s,
             progress_thread_delay_us=self.progress_thread_delay_us,
             ucx_tls=self.ucx_tls,
+            kv_format=self.kv_format,
             reverse=self.reverse,
             env=self.env,
         )

@@ -157,7 +157,8 @@ class BlockChanges(msgspec.Struct, frozen=True, array_like=True):
 class EngineInfo(msgspec.Struct, frozen=True, array_like=True):
     """What does not change while an engine lives.
 
-    `max_num_seqs` is how many requests it computes at once; 0 where nobody knows.
+    `max_num_seqs` is how many requests it computes at once; 0 where nobody knows. Engines hand KV blocks to each other
+    only if their `kv_format` is the same.
     """
 
     kind: str
@@ -168,6 +169,7 @@ class EngineInfo(msgspec.Struct, frozen=True, array_like=True):
     kv_block_bytes: int
     pids: list[int]
     max_num_seqs: int = 0
+    kv_format: str = ""
 
 
 class EngineStep(msgspec.Struct, frozen=True):

@@ -84,6 +84,7 @@ class SimulatedEngineConfig:
     kv_block_bytes: int = 65_536
     max_leap_steps: int = 1
     keeps_content: bool = True
+    kv_format: str = ""
 
     def __post_init__(self) -> None:
         if min(self.block_size_tokens, self.max_num_seqs, self.max_num_batched_tokens) < 1:
@@ -221,6 +222,7 @@ class SimulatedEngine:
             kv_block_bytes=config.kv_block_bytes,
             pids=[],
             max_num_seqs=config.max_num_seqs,
+            kv_format=config.kv_format,
         )
         self._pool = BlockPool(config.num_kv_blocks)
         self._live: dict[str, _Sequence] = {}
@@ -273,7 +275,7 @@ class SimulatedEngine:
         self._check_alive()
         sequence = _Sequence(request, self._checked_tokens(request), request.handoff)
         sequence.submitted_s = self._loop.time()
-        if request.handoff and (source := self._fabric.source(request.handoff)):
+        if request.handoff and (source := self._source(request.handoff)):
             source.renew_lease(request.handoff, held=True)
         self._live[request.request_id] = sequence
         self._ledger.began(request.request_id, len(request.prompt_token_ids))
@@ -290,7 +292,7 @@ class SimulatedEngine:
                     if sequence in queue:
                         queue.remove(sequence)
                 self._pool.give_back(sequence.blocks)
-                if sequence.handoff and (source := self._fabric.source(sequence.handoff)):
+                if sequence.handoff and (source := self._source(sequence.handoff)):
                     source.unpin(sequence.handoff)
                 self._is_step_due = True
                 self._wake.set()
@@ -298,7 +300,7 @@ class SimulatedEngine:
     async def release(self, request_id: str, handoff: KVHandoff) -> None:
         """A hand-off that was fetched, given back or expired, or whose engine is dead, is ignored."""
         self._check_alive()
-        if source := self._fabric.source(handoff):
+        if source := self._source(handoff):
             source.unpin(handoff)
 
     async def steps(self) -> AsyncIterator[EngineStep]:
@@ -578,8 +580,13 @@ class SimulatedEngine:
 
     # -- fetching a hand-off
 
+    def _source(self, handoff: KVHandoff) -> "SimulatedEngine | None":
+        """The engine that keeps its blocks, if this one can hear it and read them."""
+        source = self._fabric.source(handoff)
+        return source if source and source.info.kv_format == self._info.kv_format else None
+
     def _start_pull(self, sequence: _Sequence, handoff: KVHandoff) -> bool:
-        if self._fabric.source(handoff) is None:
+        if self._source(handoff) is None:
             self._fail_pull(sequence)
             return False
         num_moved = max(handoff.num_blocks - self._num_blocks(sequence.num_local_cached), 0)
@@ -594,7 +601,7 @@ class SimulatedEngine:
             while index and self._pulled[index - 1].request.priority > sequence.request.priority:
                 index -= 1
             self._pulled.insert(index, sequence)
-            if sequence.handoff and (source := self._fabric.source(sequence.handoff)):
+            if sequence.handoff and (source := self._source(sequence.handoff)):
                 self._receive(sequence, sequence.handoff, source.unpin(sequence.handoff))
             else:
                 self._fail_pull(sequence)
@@ -772,7 +779,7 @@ class SimulatedEngine:
         self._gone = f"the simulated engine of replica {self.replica_id} {why}"
         self._fabric.leave(self)
         for sequence in self._live.values():
-            if sequence.handoff and (source := self._fabric.source(sequence.handoff)):
+            if sequence.handoff and (source := self._source(sequence.handoff)):
                 source.renew_lease(sequence.handoff, held=False)
         self._task.cancel()
         self._tell_news()

@@ -15,6 +15,9 @@ from typing import Any
 import msgspec
 import psutil
 import zmq
+from vllm import __version__ as VLLM_VERSION
+from vllm.config import VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import NIXL_CONNECTOR_VERSION
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.sampling_params import SamplingParams
 from vllm.usage.usage_lib import UsageContext
@@ -85,6 +88,7 @@ class VllmEngineConfig:
     lease_s: int = 30
     progress_thread_delay_us: int = 100
     ucx_tls: str | None = None
+    kv_format: str = ""
     reverse: bool = False
     env: dict[str, str] = field(default_factory=dict)
 
@@ -224,6 +228,7 @@ class VllmEngine:
             kv_block_bytes=_kv_block_bytes(model, parallel, cache),
             pids=pids,
             max_num_seqs=vllm_config.scheduler_config.max_num_seqs,
+            kv_format=kv_format(vllm_config, config.kv_format),
         )
         return client, info
 
@@ -492,6 +497,21 @@ class _StepClock:
             self.pace.stepped(max(end_s - self._start_s, 0.0), details.num_ctx_tokens if reads_prompts else 0)
         is_busy = stats.num_running_reqs or stats.num_waiting_reqs or stats.num_skipped_waiting_reqs
         self._start_s = end_s if is_busy else None
+
+
+def kv_format(config: VllmConfig, more: str) -> str:
+    """What must be the same for engines that hand KV to each other, and can be told before one has tried
+    (`compute_nixl_compatibility_hash` of vLLM knows more, but only the engine's own process can compute it)."""
+    model, cache = config.model_config, config.cache_config
+    parts = [
+        f"vLLM {VLLM_VERSION}",
+        f"NIXL connector {NIXL_CONNECTOR_VERSION}",
+        model.model,
+        str(model.dtype),
+        f"KV {cache.cache_dtype}",
+        f"blocks of {cache.block_size}",
+    ]
+    return ", ".join([*parts, more] if more else parts)
 
 
 def _kv_block_bytes(model: Any, parallel: Any, cache: Any) -> int:

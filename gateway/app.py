@@ -311,6 +311,7 @@ def engine_spec(settings: Settings, phase: Phase) -> EngineSpec:
         lease_s=settings.handoff.lease_s,
         progress_thread_delay_us=settings.handoff.progress_thread_delay_us,
         ucx_tls=settings.handoff.ucx_tls,
+        kv_format=settings.handoff.kv_format,
         reverse=settings.handoff.reverse,
         env=pool.env,
         simulation=_simulation(settings, pool),

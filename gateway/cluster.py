@@ -266,6 +266,7 @@ class Cluster:
             info.block_size_tokens if info else 0,
             max(replica.read_until_s, self._clock()) + others_read_s if others_read_s else replica.read_until_s,
             self._promised_tokens(replica.replica_id),
+            info.kv_format if info else "",
         )
 
     def _sort(self) -> None:

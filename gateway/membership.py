@@ -248,7 +248,8 @@ class Membership:
     # -- readiness
 
     async def _make_ready(self, replica: Replica) -> None:
-        """Warms every pair this replica is part of: the first hand-off of a pair pays a handshake."""
+        """Warms every pair this replica is part of: the first hand-off of a pair pays a handshake. Replicas that
+        cannot hand over to each other are no pair."""
         failures = 0
         while self._takes_requests(replica) and not replica.ready:
             stream = self._streams.get(replica.replica_id)
@@ -280,7 +281,7 @@ class Membership:
         """Raises ReplicaGoneError, InvalidEngineRequestError, TimeoutError."""
         decode = replica.phase is Phase.DECODE
         pool = self._cluster.pool(Phase.PREFILL if decode else Phase.DECODE)
-        others = [other for other in pool if self._takes_requests(other)]
+        others = [other for other in pool if self._takes_requests(other) and _hand_over(other, replica)]
         if decode and not others:
             await self._probe(replica, None)
         for other in others:
@@ -334,6 +335,11 @@ class Membership:
         if delta.finish_reason is FinishReason.ERROR:
             raise ReplicaGoneError(f"{replica.replica_id} failed a warm-up: {delta.error}")
         return delta
+
+
+def _hand_over(one: Replica, other: Replica) -> bool:
+    """Whether blocks can go from one to the other."""
+    return one.info is not None and other.info is not None and one.info.kv_format == other.info.kv_format
 
 
 async def _ended(task: asyncio.Task[None]) -> None:

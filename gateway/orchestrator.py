@@ -825,8 +825,11 @@ class Orchestrator:
     async def _release(self, handoff: KVHandoff, through_pool: Phase, through: str | None = None) -> None:
         """Gives a hand-off back through the first replica that can of the pool that it was for, or through one and no
         other. While none can it waits for the next one that is ready, but not beyond its lease."""
+        source = self.cluster.get(handoff.source_replica)
         for replica in self.cluster.pool(through_pool):
             if not replica.attached or through not in (None, replica.replica_id):
+                continue
+            if source and source.info and replica.info and source.info.kv_format != replica.info.kv_format:
                 continue
             try:
                 await self._transport.release(replica.replica_id, f"release-{handoff.source_request_id}", handoff)

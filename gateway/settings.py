@@ -138,6 +138,11 @@ class HandoffSettings(Section):
         default=100, description="pause between NIXL's progress polls; 0 spins a core per engine process"
     )
     ucx_tls: str | None = Field(default=None, description="UCX transports; default: UCX decides")
+    kv_format: str = Field(
+        default="",
+        description="another one: engines of before and after this change never hand KV to each other, whatever else "
+        "they are (model, dtypes, block size and versions are told apart without it)",
+    )
     reverse: bool = Field(default=False, description="prefill may fetch from decode what a session has cached there")
     ask_timeout_s: PositiveFloat = Field(
         default=2.0, description="longest wait for decode to hand over what it has cached; then prefill reads it"

@@ -73,8 +73,16 @@ class Split:
 
 
 def place(policy: Policy, request: RequestView, snapshot: ClusterSnapshot, seed: int) -> Placement | Rejection:
-    """Decides one placement. The same arguments give the same answer, bit for bit (invariant I6)."""
-    return policy(request, snapshot, random.Random(seed))
+    """Decides one placement. The same arguments give the same answer, bit for bit (invariant I6).
+
+    Where some replicas cannot hand over to each other, the policy decides twice: who decodes, of all, and then the
+    whole placement among those that can hand over to that one.
+    """
+    placement = policy(request, snapshot, random.Random(seed))
+    if isinstance(placement, Rejection) or not snapshot.has_several_formats:
+        return placement
+    kv_format = snapshot.decode_view(placement.decode).kv_format
+    return policy(request, snapshot.of_format(kv_format), random.Random(seed))
 
 
 # -- choosers

@@ -94,6 +94,7 @@ class ReplicaView(msgspec.Struct, frozen=True):
     request has held one of the `max_num_seqs` (0: unknown) lately. `num_kv_blocks` hold `block_size_tokens` each.
     `read_until_s`: when it will have read the prompts that wait there, as predicted, on the clock of
     `ClusterSnapshot.now_s`. `promised_tokens`: of sessions that are expected to come back to what it has cached.
+    Blocks are handed over only between engines of one `kv_format`.
     """
 
     replica_id: str
@@ -109,6 +110,7 @@ class ReplicaView(msgspec.Struct, frozen=True):
     block_size_tokens: int = 0
     read_until_s: float = 0.0
     promised_tokens: float = 0.0
+    kv_format: str = ""
 
     def blocks_of(self, num_tokens: float) -> float:
         """How many of its KV blocks so many tokens fill."""
@@ -135,6 +137,20 @@ class ClusterSnapshot:
             self,
             prefill=tuple(view for view in self.prefill if view.replica_id not in replica_ids),
             decode=tuple(view for view in self.decode if view.replica_id not in replica_ids),
+        )
+
+    @property
+    def has_several_formats(self) -> bool:
+        """Whether there are replicas that cannot hand over to each other, as in an update of the engines."""
+        formats = {view.kv_format for pool in (self.prefill, self.decode) for view in pool}
+        return len(formats) > 1
+
+    def of_format(self, kv_format: str) -> "ClusterSnapshot":
+        """Only those that can hand over to each other."""
+        return replace(
+            self,
+            prefill=tuple(view for view in self.prefill if view.kv_format == kv_format),
+            decode=tuple(view for view in self.decode if view.kv_format == kv_format),
         )
 
     def prefill_view(self, replica_id: str) -> ReplicaView:

@@ -857,6 +857,72 @@ def test_a_replica_that_leaves_is_let_go_of_after_its_last_request() -> None:
     simulate(main)
 
 
+OLD, NEW = (replace(CONFIG, kv_format=kv_format) for kv_format in ("old", "new"))
+BOTH = {"prefill-0": OLD, "decode-0": OLD, "prefill-1": NEW, "decode-1": NEW}
+
+
+def test_engines_that_cannot_hand_over_to_each_other_serve_side_by_side() -> None:
+    async def main() -> None:
+        async with Rig(prefill=2, decode=2, engines=BOTH) as rig:
+            asked = [rig.add([number, *PROMPT], 10) for number in range(16)]
+            for request_id in asked:
+                await rig.finished(request_id)
+            pairs = {(rig.receipt(one).placement.prefill, rig.receipt(one).placement.decode) for one in asked}
+            assert pairs == {("prefill-0", "decode-0"), ("prefill-1", "decode-1")}
+            assert all(not rig.receipt(one).outcome.faults for one in asked)
+            assert all(load.kv_transfer_failures_total == 0 for load in rig.loads.values())
+
+    simulate(main)
+
+
+def test_an_update_to_engines_that_cannot_fetch_from_the_old_ones_loses_nothing() -> None:
+    async def main() -> None:
+        async with Rig(prefill=1, decode=1, engines=BOTH) as rig:
+            old = [rig.add([number, *PROMPT], 50) for number in range(4)]
+            for request_id in old:
+                await rig.writing(request_id)
+            for phase in Phase:
+                rig.transport.add(rig.new_worker(phase, f"{phase}-1"))
+            await until(lambda: all(r.ready for p in Phase for r in rig.cluster.pool(p)), "the new ones to be ready")
+            for replica_id in ("prefill-0", "decode-0"):
+                rig.transport.leave(replica_id)
+            new = [rig.add([number, *OTHER_PROMPT], 10) for number in range(4)]
+            for number, request_id in enumerate(old):
+                assert (await rig.finished(request_id)).token_ids == answer_to([number, *PROMPT], 50)
+            for request_id in new:
+                await rig.finished(request_id)
+                placement = rig.receipt(request_id).placement
+                assert (placement.prefill, placement.decode) == ("prefill-1", "decode-1")
+            assert not any(rig.receipt(one).outcome.faults for one in (*old, *new))
+            for replica_id in ("prefill-0", "decode-0"):
+                await until(lambda gone=replica_id: rig.cluster.get(gone) is None, "the old ones to go")
+                rig.transport.remove(replica_id)
+
+    simulate(main)
+
+
+def test_a_hand_off_is_given_back_through_one_that_its_source_can_hear() -> None:
+    async def main() -> None:
+        # The replica that is first in its pool is of the other format.
+        engines = {"prefill-0": NEW, "decode-0": OLD, "decode-1": NEW}
+        async with Rig(prefill=1, decode=2, engines=engines) as rig:
+            request_id = next(
+                one
+                for one in (rig.add([number, *PROMPT]) for number in range(8))
+                if rig.receipt(one).placement.prefill is not None
+            )
+
+            def on_report(report: WorkerReport) -> None:
+                if any(delta.handoff and delta.request_id == request_id for delta in report.deltas):
+                    rig.orchestrator.abort([request_id])
+
+            rig.transport.on_report = on_report
+            await until(lambda: rig.transport.released, "the hand-off to be released")
+            assert rig.transport.released_through == ["decode-1"]
+
+    simulate(main)
+
+
 def test_an_idle_replica_that_leaves_is_let_go_of_at_once() -> None:
     async def main() -> None:
         async with Rig() as rig:

@@ -2,7 +2,7 @@
 
 import random
 from dataclasses import replace
-from typing import get_args
+from typing import Any, get_args
 
 import msgspec
 import pytest
@@ -48,6 +48,29 @@ def test_ties_are_drawn_among_the_best_only() -> None:
     placements = [placed(REQUEST, snapshot, seed) for seed in range(100)]
     assert {placement.prefill for placement in placements} == {"p0", "p1"}
     assert {placement.decode for placement in placements} == {"d0", "d1", "d2"}
+
+
+def formats(pool: tuple[ReplicaView, ...], **formats: str) -> tuple[ReplicaView, ...]:
+    return tuple(msgspec.structs.replace(view, kv_format=formats[view.replica_id]) for view in pool)
+
+
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+def test_who_reads_can_hand_over_to_who_writes(policy: Any) -> None:
+    prefill = formats(views(p0=0, p1=90, p2=95), p0="old", p1="new", p2="new")
+    for decode_tokens in ({"d0": 12, "d1": 500}, {"d0": 500, "d1": 12}):
+        snapshot = ClusterSnapshot(prefill, formats(views(**decode_tokens), d0="old", d1="new"))
+        for seed in range(20):
+            request = replace(REQUEST, number=seed)
+            placement = place(policy, request, snapshot, seed)
+            assert isinstance(placement, Placement)
+            if placement.prefill is not None:
+                assert (placement.prefill == "p0") == (placement.decode == "d0")
+
+
+def test_a_decode_replica_that_no_prefill_replica_can_hand_over_to_reads_itself() -> None:
+    snapshot = ClusterSnapshot(formats(views(p0=0), p0="old"), formats(views(d0=1), d0="new"), expects_prefill=True)
+    placement = placed(REQUEST, snapshot)
+    assert (placement.prefill, placement.decode, placement.degraded) == (None, "d0", True)
 
 
 def test_without_prefill_replicas_decode_reads_the_prompt() -> None:
