@@ -138,7 +138,7 @@ class RollingUpdate:
             self._say(f"{plan.clients} clients stream; the update is in {plan.before_s:g} s")
             await asyncio.sleep(plan.before_s)
             began_s = time.monotonic()
-            await site.update(changed)
+            await site.update(lambda settings: changed(settings, plan.other_format))
             self._say(f"updating {', '.join(f'{len(pids)} {name}' for name, pids in before.items())} replicas")
             rollout = Rollout(before)
             whole_s, not_whole = await self._watch(before, rollout, load, began_s)

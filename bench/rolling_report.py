@@ -27,20 +27,23 @@ DEFAULT_MAX_NUM_SEQS = 64
 
 @dataclass(frozen=True)
 class RollingPlan:
-    """`before_s`: how long clients stream before the update; what they see then is what the machine gives."""
+    """`before_s`: how long clients stream before the update; what they see then is what the machine gives. With
+    `other_format` the new engines hand no KV to the old ones, as if they were of another vLLM."""
 
     config: str
     clients: int
     before_s: float
     seed: int
+    other_format: bool = False
 
 
-def changed(settings: Settings) -> Settings:
+def changed(settings: Settings, other_format: bool = False) -> Settings:
     """Engines of both pools that compute one request less at once: a setting that gateways see in every engine."""
-    pools = settings.pools
+    pools, handoff = settings.pools, settings.handoff
     return settings.model_copy(
         update={
-            "pools": pools.model_copy(update={"prefill": _changed(pools.prefill), "decode": _changed(pools.decode)})
+            "pools": pools.model_copy(update={"prefill": _changed(pools.prefill), "decode": _changed(pools.decode)}),
+            "handoff": handoff.model_copy(update={"kv_format": "updated"} if other_format else {}),
         }
     )
 

@@ -182,7 +182,7 @@ def _refuse_clusters(settings: Settings) -> None:
     if settings.is_scaled:
         raise StartError(
             "a pool has max_replicas, and `baton serve` starts a fixed number of engines on this machine; remove it, "
-            "or deploy on a cluster with configs/serve.yaml"
+            "or deploy on a cluster with configs/serve/gpu.yaml"
         )
 
 

@@ -25,6 +25,10 @@ def rolling(
     clients: Annotated[int | None, typer.Option(min=1, help="That stream at once; default: 4, with --quick 2.")] = None,
     seed: Annotated[int, typer.Option(help="Decides what clients ask for.")] = 0,
     config: Annotated[Path, typer.Option(help="Real engines in both pools, two or more of each.")] = FAULTS_CONFIG,
+    other_format: Annotated[
+        bool,
+        typer.Option("--other-format", help="The new engines exchange no KV with the old ones (handoff.kv_format)."),
+    ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything that was seen here.")] = None,
     logs: Annotated[Path | None, typer.Option(help="Keep the ends of the logs here if something went wrong.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer clients, and fewer answers to compare.")] = False,
@@ -43,7 +47,7 @@ def rolling(
         fail(str(error))
     if settings.simulation is not None or min(num_replicas(settings).values()) < 2:
         fail(f"{config} must have two gateways and two real engines in each pool; use {FAULTS_CONFIG}")
-    plan = RollingPlan(str(config), clients or (2 if quick else 4), 5.0 if quick else 15.0, seed)
+    plan = RollingPlan(str(config), clients or (2 if quick else 4), 5.0 if quick else 15.0, seed, other_format)
     heal(console)
     experiment = RollingUpdate(plan, config, settings, gather_setting(), console.print)
     interrupt_once()

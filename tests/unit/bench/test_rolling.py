@@ -19,10 +19,11 @@ from bench.fault_clients import Client, connections
 from bench.fault_site import Site
 from bench.fault_view import OutcomeView, PlacementView, ReceiptView
 from bench.rolling import Load, RollingUpdate
-from bench.rolling_report import RollingReport
+from bench.rolling_report import RollingReport, changed
 from bench.systems import StartFailed
 from gateway.runtime import processes
 from gateway.runtime.processes import HealPlan
+from gateway.settings import load
 from tests.unit.bench.fake_server import STREAM, Body, FakeServer, http_chunk
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
@@ -138,3 +139,10 @@ def test_a_run_that_does_not_start_makes_the_update_fail(monkeypatch: pytest.Mon
     code, output = run()
     assert code == 1
     assert "no memory" in output
+
+
+def test_an_update_to_another_format_changes_the_engines_and_what_they_exchange() -> None:
+    before = load(CONFIGS / "faults.yaml")
+    after, same = changed(before, other_format=True), changed(before)
+    assert (before.handoff.kv_format, same.handoff.kv_format, after.handoff.kv_format) == ("", "", "updated")
+    assert after.pools == same.pools != before.pools

@@ -1,13 +1,18 @@
 """The sizing as Serve asks for it: with the context of each deployment of the application."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+import yaml
+from ray.serve.config import AutoscalingPolicy
+from ray.serve.schema import ServeDeploySchema
 
 from gateway.app import build
 from gateway.scaling.demand import Demand
 from gateway.scaling.sizing import SizingConfig
 from gateway.scaling_ray import KeepSize, PoolScaling, autoscaling_config, told
-from gateway.settings import Settings
+from gateway.settings import Settings, load
 
 
 @dataclass
@@ -115,3 +120,12 @@ def test_pools_of_a_fixed_size_are_left_alone() -> None:
     gateway = build(settings(replicas=2))._bound_deployment
     assert gateway._deployment_config.autoscaling_config is None
     assert gateway.init_args[1]._bound_deployment.num_replicas == 2
+
+
+def test_the_shipped_serve_config_names_the_policy_and_a_configuration_that_grows() -> None:
+    folder = Path(__file__).parents[3]
+    schema = ServeDeploySchema.model_validate(yaml.safe_load((folder / "configs/serve/gpu.yaml").read_text()))
+    (application,) = schema.applications
+    assert application.autoscaling_policy is not None
+    assert AutoscalingPolicy(**application.autoscaling_policy).get_policy() is PoolScaling
+    assert load(folder / application.args["config"]).is_scaled
