@@ -82,7 +82,7 @@ def build(settings: Settings) -> serve.Application:
         prefill = _deployment(PrefillReplica, pools.prefill, settings).bind(engine_spec(settings, Phase.PREFILL))
     gateway = Gateway.options(
         **_number(settings.gateway.replicas, settings.gateway.replicas, settings),
-        ray_actor_options={"num_cpus": settings.gateway.num_cpus, "runtime_env": RUNTIME_ENV},
+        ray_actor_options=_actor_options(settings.gateway.num_cpus, settings.gateway.label_selector),
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         graceful_shutdown_timeout_s=settings.gateway.drain_timeout_s,
         graceful_shutdown_wait_loop_s=DRAIN_CHECK_S,
@@ -259,13 +259,18 @@ def _bounds(settings: Settings) -> Bounds:
     return Bounds(PoolSizes(least_prefill, least_decode), PoolSizes(most_prefill, most_decode))
 
 
+def _actor_options(num_cpus: float, label_selector: dict[str, str]) -> dict[str, Any]:
+    options: dict[str, Any] = {"num_cpus": num_cpus, "runtime_env": RUNTIME_ENV}
+    if label_selector:
+        options["label_selector"] = label_selector
+    return options
+
+
 def _deployment(deployment: Any, pool: PoolSettings, settings: Settings) -> Any:
     make_router_config: Any = RequestRouterConfig  # its signature says that every argument is a dict
-    options: dict[str, Any] = {"num_cpus": pool.num_cpus, "num_gpus": pool.gpus_per_replica, "runtime_env": RUNTIME_ENV}
+    options = _actor_options(pool.num_cpus, pool.label_selector) | {"num_gpus": pool.gpus_per_replica}
     if pool.accelerator_type:
         options["accelerator_type"] = pool.accelerator_type
-    if pool.label_selector:
-        options["label_selector"] = pool.label_selector
     return deployment.options(
         **_number(pool.replicas, pool.most_replicas, settings),
         ray_actor_options=options,

@@ -159,6 +159,7 @@ class GatewaySettings(Section):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     num_cpus: PositiveFloat = 1.0
+    label_selector: dict[str, str] = Field(default={}, description="Ray node labels gateways must run on")
     max_body_bytes: PositiveInt = 8 * 1024 * 1024
     max_choices: PositiveInt = Field(default=16, description="largest n of a request")
     max_in_flight_requests: PositiveInt = Field(default=4096, description="sequences one replica holds; more get 503")
