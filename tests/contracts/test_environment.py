@@ -69,3 +69,14 @@ def test_the_loop_of_a_replica_is_chosen_by_its_environment_at_import(value: str
 
 def test_replicas_are_started_with_the_choice() -> None:
     assert RUNTIME_ENV["env_vars"] == {SEPARATE_THREAD: "0"}
+
+
+def test_a_node_that_is_told_to_end_drains_for_as_long_as_its_environment_says() -> None:
+    """configs/kuberay's times are made for it."""
+    code = (
+        "import inspect; from ray._private import node, ray_constants;"
+        "assert ray_constants.RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S == 7;"
+        "assert '_drain_node_before_shutdown' in inspect.getsource(node.Node._register_shutdown_hooks)"
+    )
+    environment = os.environ | {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "7"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
