@@ -323,7 +323,7 @@ def test_groups_have_the_gpus_and_cpus_that_their_replicas_need(deployment: Depl
     pods = dict(deployment.pods())
     for name, pool in deployment.pools():
         per_pod = limit_of(pods[name], "nvidia.com/gpu") // pool.gpus_per_replica
-        assert per_pod * deployment.groups[name]["replicas"] >= pool.replicas
+        assert per_pod * deployment.groups[name]["replicas"] >= pool.most_replicas
         assert limit_of(pods[name], "cpu") >= per_pod * pool.num_cpus
     assert limit_of(pods["gateway"], "nvidia.com/gpu") == limit_of(pods["head"], "nvidia.com/gpu") == 0
 
@@ -413,6 +413,20 @@ def test_times_to_end_are_longer_one_than_the_other(deployment: Deployment) -> N
         assert pod["terminationGracePeriodSeconds"] - float(env[DRAIN]) >= app.SERVE_ENDS_WITHIN_S
 
 
+def test_the_readme_has_the_bases_times(base: Deployment) -> None:
+    text = (KUBERAY / "README.md").read_text()
+    pod = dict(base.pods())["decode"]
+    env = env_of(pod)
+    times_s = [
+        (base.settings.model.max_model_len or 0) * SLOWEST_TOKEN_S,
+        base.settings.gateway.drain_timeout_s,
+        float(env[DRAIN]),
+        pod["terminationGracePeriodSeconds"],
+        float(env["RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"]),
+    ]
+    assert [f"{time_s:,.0f} s |" in text for time_s in times_s] == [True] * len(times_s)
+
+
 def test_budgets_let_one_pod_of_a_group_go(deployment: Deployment) -> None:
     budgets = {
         name: one["spec"]["minAvailable"]
@@ -488,6 +502,14 @@ def test_a_stranger_reaches_nothing(deployment: Deployment, strangers: dict[str,
         for port in ports_in_use(deployment):
             assert not may_connect(policies, strangers["anybody"], deployment.ray_pod(name), port)
             assert not may_connect(policies, deployment.pod({}), deployment.ray_pod(name), port)
+
+
+def test_a_pod_that_no_rule_names_is_closed(deployment: Deployment, strangers: dict[str, Pod]) -> None:
+    policies, another = deployment.of("NetworkPolicy"), deployment.pod({})
+    for port in (80, *ports_in_use(deployment)):
+        assert not may_connect(policies, strangers["client"], another, port)
+        assert not may_connect(policies, another, strangers["client"], port)
+    assert not may_connect(policies, another, "203.0.113.7", 443)
 
 
 def test_rays_nodes_reach_each_other_on_the_ports_they_choose(deployment: Deployment) -> None:
