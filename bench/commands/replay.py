@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import typer
 from rich.markup import escape
 
@@ -34,6 +35,7 @@ def replay(
     model: Annotated[str, typer.Option(help="GPU and model (engine/roofline.py).")] = "qwen3-coder-30b-a3b-fp8-h100",
     shards: Annotated[int, typer.Option(min=1, help="Processes; each takes a core.")] = 2,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything that was measured here.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Take from this report (--json) what it has already.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the figures into this HTML file.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A short cohort, one seed.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Exit 1 where a target is missed.")] = False,
@@ -82,9 +84,15 @@ def replay(
         if json_file is not None:
             write_json(report, json_file)
 
+    earlier: ReplayReport | None = None
+    if resume is not None:
+        try:
+            earlier = msgspec.json.decode(resume.read_bytes(), type=ReplayReport)
+        except (OSError, msgspec.DecodeError) as error:
+            fail(f"--resume {resume} is no report of a replay: {error}")
     try:
         experiment = ReplayExperiment(
-            plan, gather_setting(), lambda words: console.print(escape(words), soft_wrap=True), save
+            plan, gather_setting(), lambda words: console.print(escape(words), soft_wrap=True), save, earlier
         )
     except (TraceError, OSError) as error:
         fail(str(error))

@@ -272,6 +272,51 @@ def test_the_command_searches_compares_and_writes_its_report(folder: Path, tmp_p
     assert plot.stat().st_size > 1000
 
 
+def test_what_an_earlier_report_has_is_not_run_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = tmp_path / "first.json", tmp_path / "second.json"
+    usual = [
+        "replay",
+        str(folder),
+        "--shapes",
+        "1x1",
+        "--seeds",
+        "0",
+        "--turns",
+        "12",
+        "--shards",
+        "1",
+        "--load",
+        "0.5",
+    ]
+    usual = [*usual, "--tune"]
+    done = CliRunner().invoke(app, [*usual, "--policies", "baton,dynamo", "--json", str(first)])
+    assert done.exit_code == 0, done.output
+    plans: list[RunPlan] = []
+
+    def counted(plan: RunPlan, trace: Trace) -> RunFigures:
+        plans.append(plan)
+        return run(plan, trace)
+
+    monkeypatch.setattr("bench.replay_search.run", counted)
+    more = ["--policies", "baton,dynamo,round-robin", "--json", str(second), "--resume", str(first)]
+    done = CliRunner().invoke(app, [*usual, *more])
+    assert done.exit_code == 0, done.output
+    assert {plan.policy for plan in plans if not plan.drains} == {"round-robin"}
+    before, after = json.loads(first.read_text()), json.loads(second.read_text())
+    assert after["tuned"] == before["tuned"]
+    assert after["goodputs"][:2] == before["goodputs"]
+    assert len(after["goodputs"]) == 3
+
+
+def test_what_is_no_report_is_not_resumed(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text("{}")
+    done = CliRunner().invoke(app, ["replay", str(folder), "--resume", str(tmp_path / "r.json")])
+    assert done.exit_code == 2
+    assert "is no report of a replay" in done.output
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
