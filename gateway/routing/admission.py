@@ -12,9 +12,12 @@ deadline in its place: shares only grow with the class, and everything that is c
 import math
 from dataclasses import dataclass
 
+from gateway.routing.predict import decode_slots, room_s
 from gateway.routing.types import Cause, ClusterSnapshot, Placement, Priority, Rejection, ReplicaView, RequestView
 
 TOO_MANY_REQUESTS = 429
+STRANDED = 0.5
+"""Requests that free KV blocks would hold, were they not too few for the next one: on average, while some wait."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +79,7 @@ def admit(
     deadline_s = request.hints.ttft_deadline_s
     budget_s = (deadline_s or config.ttft_deadline_s) * config.share(request.hints.priority)
     queue_s, read_s = _read_s(reader, reader.queued_tokens), _read_s(reader, request.num_prompt_tokens)
-    slot_wait_s = _slot_wait_s(request, decode)
+    slot_wait_s = room_s(decode, request.num_choices, request.num_prompt_tokens, STRANDED, decode.slot_s)
     # Compared so, and not as one sum, because each side is then monotonous in the budget, rounding included.
     allowed_queue_s = budget_s - read_s
     if deadline_s is None:
@@ -95,7 +98,7 @@ def admit(
 
 def _longest_queue(request: RequestView, reader: ReplicaView, decode: ReplicaView) -> int:
     """Requests that wait for either replica: all that prefill has, and those beyond decode's places."""
-    slots = _slots(request, decode)
+    slots = decode_slots(decode, request.num_choices, request.num_prompt_tokens, STRANDED)
     beyond = max(decode.in_flight_requests - math.floor(slots), 0) if slots < math.inf else 0
     return beyond if reader is decode else max(reader.in_flight_requests, beyond)
 
@@ -103,26 +106,6 @@ def _longest_queue(request: RequestView, reader: ReplicaView, decode: ReplicaVie
 def _read_s(reader: ReplicaView, num_tokens: int) -> float:
     rate = reader.prefill_tokens_per_s
     return num_tokens * reader.computed_share / rate if rate > 0 else 0.0
-
-
-def _slots(request: RequestView, decode: ReplicaView) -> float:
-    """How many requests like those in flight, this one included, run in decode at once: bounded by `max_num_seqs` and
-    by KV blocks. Of these each request leaves half of one empty on average, and what is free in the end is too little
-    for the next request: half of what one takes, on average. Infinite where neither bound is known."""
-    slots = float(decode.max_num_seqs or math.inf)
-    if decode.num_kv_blocks and decode.block_size_tokens:
-        num_requests = decode.in_flight_requests + request.num_choices
-        num_tokens = decode.in_flight_tokens + request.num_prompt_tokens
-        num_blocks = num_tokens / decode.block_size_tokens + num_requests / 2
-        slots = min(slots, decode.num_kv_blocks * num_requests / num_blocks - 0.5)
-    return max(slots, 1.0)
-
-
-def _slot_wait_s(request: RequestView, decode: ReplicaView) -> float:
-    """Until as many requests have ended as are too many, at `slots / slot_s` a second (Little's law)."""
-    slots = _slots(request, decode)
-    excess = decode.in_flight_requests + request.num_choices - slots
-    return excess * decode.slot_s / slots if excess > 0 else 0.0
 
 
 def _retry_after_s(queue_over_s: float, slot_over_s: float, queue_s: float, config: AdmissionConfig) -> int:

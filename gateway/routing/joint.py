@@ -21,7 +21,6 @@ Of each pool only the least loaded replicas and those with the most of the promp
 """
 
 import heapq
-import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from dataclasses import dataclass
 import msgspec
 
 from gateway.routing.costs import ReadCost
+from gateway.routing.predict import room_s
 from gateway.routing.types import (
     NO_DECODE,
     ClusterSnapshot,
@@ -167,19 +167,11 @@ class _Decision:
         return Cost(view.replica_id, wait_s + steps * then_s, others * steps / 2 * (then_s - now_s), lost_s)
 
     def _room_s(self, view: ReplicaView, num_tokens: float, num_sequences: int) -> float:
-        """Until there is room for so much more in the batch and in the KV cache: as many requests have ended as are too
-        many, at the pace at which they do."""
-        num_requests = view.in_flight_requests + num_sequences
-        slots = float(view.max_num_seqs or math.inf)
-        if view.num_kv_blocks and view.block_size_tokens:
-            num_all_tokens = view.in_flight_tokens + num_tokens
-            slots = min(slots, view.num_kv_blocks * view.block_size_tokens * num_requests / max(num_all_tokens, 1.0))
-        excess = num_requests - max(slots, 1.0)
-        if excess <= 0:
-            return 0.0
-        costs = self._snapshot.costs
+        """Until there is room for so much more in the batch and in the KV cache. Before it was measured for how long a
+        request holds its place, that is what writing an answer takes."""
+        costs, num_requests = self._snapshot.costs, view.in_flight_requests + num_sequences
         slot_s = view.slot_s or costs.output_tokens * costs.decode.step.seconds(num_requests, view.in_flight_tokens)
-        return excess * slot_s / max(slots, 1.0)
+        return room_s(view, num_sequences, num_tokens, 0.0, slot_s)
 
     def _read_s(self, cost: ReadCost, view: ReplicaView) -> float:
         num_tokens = self._request.num_prompt_tokens

@@ -1,8 +1,9 @@
-"""Owns what is predicted of a placement, to be held against what happens. Pure."""
+"""Owns what is predicted of a placement, to be held against what happens, and of the room on a decode replica. Pure."""
 
+import math
 from dataclasses import dataclass
 
-from gateway.routing.types import ClusterSnapshot, Placement, RequestView
+from gateway.routing.types import ClusterSnapshot, Placement, ReplicaView, RequestView
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,3 +55,27 @@ def predict(request: RequestView, placement: Placement, snapshot: ClusterSnapsho
     if handoff_s is not None and not request.prefill_writes:
         ttft_s += handoff_s + tpot_s
     return Prediction(cached_tokens, wait_s, read_s, handoff_s, ttft_s, tpot_s, output_tokens, ask_s)
+
+
+def decode_slots(view: ReplicaView, num_sequences: int, num_tokens: float, num_stranded: float) -> float:
+    """How many requests like those in flight, and `num_sequences` more with `num_tokens` in all, run in decode at once:
+    bounded by `max_num_seqs` and by KV blocks, of which each request leaves half of one empty on average. At least 1;
+    infinite where neither bound is known.
+
+    `num_stranded` of the requests that the blocks would hold have no use: what is free in the end is too little for the
+    next one. While requests wait that is half of one, on average; whether one more fits now does not ask for it.
+    """
+    slots = float(view.max_num_seqs or math.inf)
+    if view.num_kv_blocks and view.block_size_tokens:
+        num_requests = view.in_flight_requests + num_sequences
+        num_blocks = (view.in_flight_tokens + num_tokens) / view.block_size_tokens + num_requests / 2
+        slots = min(slots, view.num_kv_blocks * num_requests / num_blocks - num_stranded)
+    return max(slots, 1.0)
+
+
+def room_s(view: ReplicaView, num_sequences: int, num_tokens: float, num_stranded: float, slot_s: float) -> float:
+    """Seconds until a decode replica has room for `num_sequences` more with `num_tokens` in all: until as many requests
+    have ended as are too many, at `slots / slot_s` a second (Little's law), where each holds its place for `slot_s`."""
+    slots = decode_slots(view, num_sequences, num_tokens, num_stranded)
+    excess = view.in_flight_requests + num_sequences - slots
+    return excess * slot_s / slots if excess > 0 else 0.0
