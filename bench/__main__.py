@@ -1,29 +1,15 @@
-"""Owns the command line of the benchmarks: `python -m bench COMMAND`."""
+"""Owns the start of `python -m bench COMMAND`."""
 
-import typer
+from bench.interrupts import end_at_once
 
-from bench.commands.agents import agents
-from bench.commands.decisions import decisions
-from bench.commands.faults import faults
-from bench.commands.overhead import overhead
-from bench.commands.overload import overload
-from bench.commands.replay import replay
-from bench.commands.reverse import reverse
-from bench.commands.rolling import rolling
-from bench.commands.scaling import scaling
-from bench.commands.soak import soak
-from bench.commands.streams import streams
 
-app = typer.Typer(
-    help="Measures what Baton costs and gains.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+def main() -> None:
+    end_at_once()
+    # This imports what all commands need, which takes long enough to be interrupted.
+    from bench.commands.app import app
 
-for command in (overhead, streams, overload, soak, faults, rolling, decisions, agents, reverse, replay, scaling):
-    app.command()(command)
+    app()
 
 
 if __name__ == "__main__":
-    app()
+    main()

@@ -4,7 +4,6 @@ import enum
 import functools
 import multiprocessing
 import queue
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from bench.replay_plan import RunFigures, RunPlan, Shape
 from bench.replay_tuning import TUNABLE, TUNING_LOAD, TUNING_SEED
 from bench.trace_files import read
 from bench.traces import Trace, cut_trace
+from bench.workers import started
 from engine.roofline import ROOFLINES
 
 if TYPE_CHECKING:
@@ -173,11 +173,10 @@ def spread(jobs: Sequence[Job], num_shards: int, took: Callable[[Result], None])
     for job in jobs:
         waiting.put(job)
     processes = [context.Process(target=_serve, args=(waiting, results), daemon=True) for _ in range(num_shards)]
+    for _ in processes:
+        waiting.put(None)
     left = len(jobs)
-    try:
-        for process in processes:
-            process.start()
-            waiting.put(None)
+    with started(processes):
         while left:
             try:
                 result = results.get(timeout=POLL_S)
@@ -190,16 +189,9 @@ def spread(jobs: Sequence[Job], num_shards: int, took: Callable[[Result], None])
                 left -= 1
             else:
                 took(result)
-    finally:
-        for process in processes:
-            if process.pid is not None:
-                process.terminate()
-                process.join()
 
 
 def _serve(jobs: "Queue[Job | None]", results: "Queue[Result | None]") -> None:
-    # The parent is interrupted too, and ends this process.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     while (job := jobs.get()) is not None:
         for result in work(job):
             results.put(result)

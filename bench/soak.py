@@ -4,13 +4,13 @@ import asyncio
 import logging
 import multiprocessing
 import queue
-import signal
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from bench.process import ProcessLoop
 from bench.soak_report import SoakPlan
+from bench.workers import started
 from bench.world import Counts, World, WorldPlan, WorldResult
 
 if TYPE_CHECKING:
@@ -54,9 +54,7 @@ def run(plan: SoakPlan, took: Callable[[WorldResult], None]) -> None:
     shards = [worlds[index :: plan.shards] for index in range(plan.shards)]
     processes = [context.Process(target=_work, args=(shard, results), daemon=True) for shard in shards if shard]
     left = {seed for seed, _ in worlds}
-    try:
-        for process in processes:
-            process.start()
+    with started(processes):
         while left:
             try:
                 result = results.get(timeout=POLL_S)
@@ -68,11 +66,6 @@ def run(plan: SoakPlan, took: Callable[[WorldResult], None]) -> None:
                 return
             left.discard(result.seed)
             took(result)
-    finally:
-        for process in processes:
-            if process.pid is not None:
-                process.terminate()
-                process.join()
 
 
 def world_plan(requests: int, seed: int) -> WorldPlan:
@@ -81,8 +74,6 @@ def world_plan(requests: int, seed: int) -> WorldPlan:
 
 
 def _work(worlds: Sequence[tuple[int, int]], results: "Queue[WorldResult]") -> None:
-    # The parent is interrupted too, and ends this process.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     for seed, requests in worlds:
         results.put(simulate(world_plan(requests, seed), seed))
 

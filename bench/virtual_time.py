@@ -30,3 +30,8 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
     def skip(self, seconds: float) -> None:
         """As if this process had not run for so long."""
         self._virtual.now_s += seconds
+
+    def default_exception_handler(self, context: dict[str, Any]) -> None:
+        """A task in which a signal has interrupted this process says nothing: `run_forever` has raised it already."""
+        if not isinstance(context.get("exception"), KeyboardInterrupt):
+            super().default_exception_handler(context)

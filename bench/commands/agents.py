@@ -10,12 +10,12 @@ from bench.commands.terminal import (
     end,
     fail,
     heal,
-    interrupt_once,
     make_console,
     num_missed,
     parse_names,
     say_start_failed,
 )
+from bench.interrupts import interrupt_once
 from bench.results import gather_setting, write_json
 from bench.systems import StartFailed, make_system
 from gateway.settings import ConfigError, load

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from bench.commands.terminal import drawing, end, fail, interrupt_once, make_console, num_missed, parse_names
+from bench.commands.terminal import drawing, end, fail, make_console, num_missed, parse_names
+from bench.interrupts import interrupt_once
 from bench.results import gather_setting, write_json
 
 

@@ -10,11 +10,11 @@ from bench.commands.terminal import (
     end,
     fail,
     heal,
-    interrupt_once,
     make_console,
     parse_names,
     say_start_failed,
 )
+from bench.interrupts import interrupt_once
 from bench.results import gather_setting, write_json
 from bench.systems import StartFailed
 from gateway.settings import ConfigError, load

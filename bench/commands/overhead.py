@@ -12,11 +12,11 @@ from bench.commands.terminal import (
     end,
     fail,
     heal,
-    interrupt_once,
     make_console,
     parse_names,
     parse_numbers,
 )
+from bench.interrupts import interrupt_once
 from bench.results import (
     EmitterCost,
     EngineKind,

@@ -11,12 +11,12 @@ from bench.commands.terminal import (
     drawing,
     end,
     fail,
-    interrupt_once,
     make_console,
     num_missed,
     parse_names,
     parse_reals,
 )
+from bench.interrupts import interrupt_once
 from bench.results import gather_setting, write_json
 
 

@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from bench.commands.terminal import DEFAULT_CONFIGS, end, fail, interrupt_once, make_console
+from bench.commands.terminal import DEFAULT_CONFIGS, end, fail, make_console
+from bench.interrupts import interrupt_once
 from bench.results import EngineKind, gather_setting, write_json
 from gateway.settings import ConfigError, load
 

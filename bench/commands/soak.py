@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from bench.commands.terminal import end, interrupt_once, make_console, num_missed
+from bench.commands.terminal import end, make_console, num_missed
+from bench.interrupts import interrupt_once
 from bench.results import gather_setting, write_json
 
 

@@ -1,16 +1,15 @@
-"""Owns what all commands do alike: what they say, how they read options, how they are interrupted, how they end."""
+"""Owns what all commands do alike: what they say, how they read options, how they end."""
 
 import importlib
-import signal
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
+from bench.interrupts import INTERRUPTED
 from bench.results import EngineKind
 from bench.systems import StartFailed
 from bench.targets import R, ReportTarget
@@ -19,7 +18,6 @@ from gateway.runtime.local import base_dir
 
 DEFAULT_CONFIGS = {EngineKind.VLLM: Path("configs/local.yaml"), EngineKind.SIMULATED: Path("configs/simulated.yaml")}
 FAULTS_CONFIG = Path("configs/faults.yaml")
-INTERRUPTED = 130
 WIDTH_WITHOUT_TERMINAL = 180
 
 
@@ -56,25 +54,6 @@ def end(is_whole: bool, failed: object) -> None:
         raise typer.Exit(INTERRUPTED)
     if failed:
         raise typer.Exit(1)
-
-
-def interrupt_once() -> None:
-    """From now on the first signal that asks for the end is a KeyboardInterrupt."""
-    interrupt = _InterruptOnce()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, interrupt)
-
-
-class _InterruptOnce:
-    """Raises KeyboardInterrupt at the first signal and ignores later ones: stopping is bounded and must be whole."""
-
-    def __init__(self) -> None:
-        self._seen = False
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        if not self._seen:
-            self._seen = True
-            raise KeyboardInterrupt
 
 
 def drawing(plot_file: Path | None, module: str) -> Callable[[Any, Path], None] | None:

@@ -13,9 +13,9 @@ import pytest
 from typer.testing import CliRunner
 
 from bench import agents
-from bench.__main__ import app
 from bench.agent_asks import Agent
 from bench.agents_report import AgentsPlan
+from bench.commands.app import app
 from bench.fault_asks import Answer, Choice
 from bench.systems import StartFailed
 from gateway.runtime import processes

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from bench.__main__ import app
+from bench.commands.app import app
 from bench.day import DayFigures, DayPlan, Traffic
 from bench.day_experiment import day
 from bench.day_report import ScalingPlan, ScalingReport

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from bench import faults
-from bench.__main__ import app
+from bench.commands.app import app
 from bench.fault_cases import Case, all_cases
 from bench.fault_report import AnswerReport, CaseResult, Observed, Struck
 from bench.faults import COLD_START_FILE, ColdStart, Experiment, read_result, write_result

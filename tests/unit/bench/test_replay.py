@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from bench.__main__ import app
 from bench.asking import asks_when_it_can
+from bench.commands.app import app
 from bench.oracle import Limits, session_spans, turn_s
 from bench.replay import REPLAYED, Replay, run
 from bench.replay_plan import RunFigures, RunPlan, ServiceLevel, Shape, TurnResult, figures

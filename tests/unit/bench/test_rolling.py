@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from bench import rolling
-from bench.__main__ import app
+from bench.commands.app import app
 from bench.fault_asks import COMPLETIONS, Ask, End, LoopAsks
 from bench.fault_clients import Client, connections
 from bench.fault_site import Site
