@@ -9,6 +9,7 @@ from pathlib import Path
 
 import msgspec
 
+from gateway.routing import receipt_lines
 from gateway.routing.receipts import Receipt
 
 SUFFIX = ".jsonl"
@@ -42,7 +43,7 @@ class ReceiptLog:
         self._listener.start()
 
     def append(self, receipt: Receipt) -> None:
-        self._logger.info("%s", msgspec.json.encode(receipt).decode())
+        self._logger.info("%s", receipt_lines.encode(receipt).decode())
 
     def close(self) -> None:
         """Writes what waits; a disk that takes nothing for CLOSE_TIMEOUT_S loses it. Raises queue.Full."""
@@ -104,13 +105,12 @@ def files_in(paths: Iterable[Path]) -> list[Path]:
 
 def read(file: Path) -> Iterator[Receipt]:
     """A last line that is cut off, as a killed gateway leaves it, is none. Raises OSError, UnreadableReceipt."""
-    decoder = msgspec.json.Decoder(Receipt)
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.endswith(b"\n"):
                 return
             try:
-                yield decoder.decode(line)
+                yield receipt_lines.decode(line)
             except msgspec.DecodeError as error:
                 raise UnreadableReceipt(
                     f"{file}, line {number}: no receipt of this version of Baton: {error}"

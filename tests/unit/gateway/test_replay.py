@@ -1,13 +1,16 @@
 """Recorded decisions decided again: the same by their own policy, and what another would have done."""
 
 import dataclasses
+import json
 import os
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from gateway import receipt_log
 from gateway.receipt_log import ReceiptLog, UnreadableReceipt, files_in, read
+from gateway.routing import receipt_lines
 from gateway.routing.policies import POLICIES, place
 from gateway.routing.receipts import Decision, Outcome, Receipt
 from gateway.routing.replay import MAX_DIFFERENCES, replay
@@ -85,6 +88,48 @@ def test_receipts_are_read_as_they_were_written_bit_for_bit(tmp_path: Path) -> N
     receipts = [receipt(f"r{seed}", seed=seed) for seed in range(3)]
     written(tmp_path / "new" / "gateway.jsonl", *receipts)
     assert list(read(tmp_path / "new" / "gateway.jsonl")) == receipts
+
+
+def views(number: int, phase: str) -> tuple[ReplicaView, ...]:
+    return tuple(
+        ReplicaView(f"{phase}{index:03}", index % 7, index * 1_000, 6_000, index, slot_s=index / 3, max_num_seqs=256)
+        for index in range(number)
+    )
+
+
+def large(number: int) -> Receipt:
+    snapshot = dataclasses.replace(SNAPSHOT, prefill=views(number, "p"), decode=views(number, "d"))
+    kept = dataclasses.replace(receipt(), snapshot=snapshot)
+    return dataclasses.replace(kept, later=(Decision("r~2", 8, REQUEST, snapshot, kept.placement),))
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 128])
+def test_a_line_holds_all_replicas_bit_for_bit(number: int) -> None:
+    kept = large(number)
+    read_again = receipt_lines.decode(receipt_lines.encode(kept))
+    assert read_again == kept
+    assert msgspec.json.encode(read_again) == msgspec.json.encode(kept)
+
+
+def test_lines_of_earlier_versions_are_read() -> None:
+    assert receipt_lines.decode(msgspec.json.encode(large(2))) == large(2)
+
+
+def test_in_a_large_cluster_a_line_is_a_fraction_of_its_receipt() -> None:
+    assert len(receipt_lines.encode(large(128))) < len(msgspec.json.encode(large(128))) / 4
+
+
+def test_what_queries_ask_for_is_where_it_is_in_the_receipt() -> None:
+    line = json.loads(receipt_lines.encode(large(2)))
+    assert (line["policy"], line["outcome"]["ttft_ms"]) == ("least-tokens", 0.1)
+
+
+@pytest.mark.parametrize("pool", [{}, {"each": {}}, {"each": {"replica_id": ["a"], "slot_s": [1, 2]}, "same": {}}, 7])
+def test_a_pool_that_is_none_makes_its_line_no_receipt(pool: object) -> None:
+    line = json.loads(receipt_lines.encode(large(2)))
+    line["snapshot"]["decode"] = pool
+    with pytest.raises(msgspec.DecodeError):
+        receipt_lines.decode(json.dumps(line).encode())
 
 
 def test_files_are_bounded_and_the_last_receipts_are_kept(tmp_path: Path) -> None:

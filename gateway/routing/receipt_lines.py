@@ -1,0 +1,76 @@
+"""Owns the line of JSON that a receipt is in a file: like the receipt, but a pool's replicas are columns. Pure.
+
+A receipt holds all replicas, so in a large cluster its line is little else. A pool is written as what its replicas have
+each (`each`, for every such field a list in the order of the replicas) and what all have alike (`same`): a field's name
+is there once, and so is a value in which no replica differs. Earlier lines, with an object for each replica, are read
+as well.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import msgspec
+
+from gateway.routing.receipts import Receipt
+from gateway.routing.types import ClusterSnapshot, ReplicaView
+
+_POOLS = ("prefill", "decode")
+_ENCODER = msgspec.json.Encoder()
+_DECODER = msgspec.json.Decoder()
+
+
+def encode(receipt: Receipt) -> bytes:
+    """Without the end of the line."""
+    # The snapshot's other fields are turned into builtins together with the receipt, its replicas never.
+    without = [replace(snapshot, prefill=(), decode=()) for snapshot in _snapshots(receipt)]
+    later = tuple(replace(one, snapshot=bare) for one, bare in zip(receipt.later, without[1:], strict=True))
+    data = msgspec.to_builtins(replace(receipt, snapshot=without[0], later=later))
+    for snapshot, written in zip(_snapshots(receipt), _written(data), strict=True):
+        written["prefill"], written["decode"] = _columns(snapshot.prefill), _columns(snapshot.decode)
+    return _ENCODER.encode(data)
+
+
+def decode(line: bytes) -> Receipt:
+    """Raises msgspec.DecodeError."""
+    data = _DECODER.decode(line)
+    for snapshot in _written(data):
+        for pool in _POOLS:
+            snapshot[pool] = _rows(snapshot.get(pool))
+    return msgspec.convert(data, Receipt)
+
+
+def _snapshots(receipt: Receipt) -> list[ClusterSnapshot]:
+    return [receipt.snapshot, *(decision.snapshot for decision in receipt.later)]
+
+
+def _written(data: Any) -> list[dict[str, Any]]:
+    """The snapshots of a line, in the order of `_snapshots`."""
+    try:
+        return [data["snapshot"], *(decision["snapshot"] for decision in data.get("later", ()))]
+    except (TypeError, KeyError, AttributeError) as error:
+        raise msgspec.ValidationError("a receipt and its later decisions have a `snapshot` each") from error
+
+
+def _columns(pool: Sequence[ReplicaView]) -> dict[str, Any]:
+    each: dict[str, Sequence[Any]] = {}
+    same: dict[str, Any] = {}
+    columns = zip(*map(msgspec.structs.astuple, pool), strict=True)
+    for name, column in zip(ReplicaView.__struct_fields__, columns, strict=False):
+        if name != "replica_id" and column.count(column[0]) == len(column):
+            same[name] = column[0]
+        else:
+            each[name] = column
+    return {"each": each, "same": same}
+
+
+def _rows(pool: Any) -> Any:
+    """Replicas as objects, whichever way they are written."""
+    if not isinstance(pool, dict):
+        return pool
+    try:
+        columns = cast("dict[str, dict[str, Any]]", pool)
+        each, same = columns["each"], columns["same"]
+        return [same | dict(zip(each, row, strict=True)) for row in zip(*each.values(), strict=True)]
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise msgspec.ValidationError(f"a pool has columns of one length in `each`, and `same`: {error}") from error
