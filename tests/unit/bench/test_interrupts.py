@@ -1,6 +1,7 @@
 """Ctrl-C ends a benchmark with a line, an exit code and no process left, whatever it is doing just then."""
 
 import gc
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -15,6 +17,7 @@ from typer.testing import CliRunner
 
 from bench.commands.app import app
 from bench.interrupts import INTERRUPTED
+from bench.workers import started
 from engine.simulated import SimulatedEngine
 from tests.unit.bench.traces import write_sessions
 
@@ -101,3 +104,17 @@ def test_workers_end_with_the_command_also_those_that_are_just_starting(tmp_path
     assert output.splitlines()[0] == "interrupted; the runs that had not ended are left out"
     assert "Traceback" not in output
     wait_for(lambda: all(has_ended(child) for child in children), f"the end of {children}")
+
+
+def _interrupt_itself(went_on: Any) -> None:
+    signal.raise_signal(signal.SIGINT)
+    went_on.set()
+
+
+def test_a_worker_is_not_interrupted_but_ended() -> None:
+    context = multiprocessing.get_context("spawn")
+    went_on = context.Event()
+    worker = context.Process(target=_interrupt_itself, args=(went_on,))
+    with started([worker]):
+        assert went_on.wait(WITHIN_S)
+    assert not worker.is_alive()
