@@ -44,7 +44,10 @@ INFO = EngineInfo("none", "none", 200_000, BLOCK_TOKENS, NUM_KV_BLOCKS, 1, [], 2
 SHORT_PROMPT_TOKENS = 1_000
 TURNS = 10
 """Of a session, in the load."""
-AT_ONCE = 64
+AT_ONCE = 60
+"""A multiple of TURNS: then the requests that are put at once have as many of each turn."""
+NUM_WARM_UP = AT_ONCE * TURNS
+"""Requests before those that are measured: until each session has been there from its first turn on."""
 ADMISSION = AdmissionConfig(ttft_deadline_s=3600.0)
 
 
@@ -136,7 +139,7 @@ class _AnsweringTransport:
 
 
 def load(plan: DecisionsPlan, replicas: int, requests: int, policy: str, seed: int) -> Load:
-    """Puts requests of `plan.sessions` sessions through an orchestrator, AT_ONCE at a time."""
+    """Puts requests through an orchestrator, AT_ONCE at a time, each a turn of another session."""
     with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
         return runner.run(_load(plan, replicas, requests, policy, seed))
 
@@ -159,18 +162,19 @@ async def _load(plan: DecisionsPlan, replicas: int, requests: int, policy: str, 
     took_s: list[float] = []
     _settle_memory()
     began_s = time.process_time()
-    for first in range(0, requests, AT_ONCE):
-        for number in range(first, min(first + AT_ONCE, requests)):
-            name = f"s{number % plan.sessions}"
+    for first in range(0, NUM_WARM_UP + requests, AT_ONCE):
+        for number in range(first, first + AT_ONCE):
+            session, turn = turn_of(number)
             # A prompt of its own for each session, which goes on in every turn.
-            own = [number % plan.sessions] * (BLOCK_TOKENS * (1 + number // plan.sessions % TURNS))
-            group = orchestrator.new_group(f"r{number}", 1, hints=Hints(session=name))
+            own = [session] * (BLOCK_TOKENS * (1 + turn))
+            group = orchestrator.new_group(f"r{number}", 1, hints=Hints(session=f"s{session}"))
             orchestrator.add(SequenceRequest(f"r{number}", shared + own, 8, b"", resumable=True), group)
         while orchestrator.num_in_flight:
             await orchestrator.next_deltas()
         await asyncio.sleep(0.01)
         now_s = time.process_time()
-        took_s.append((now_s - began_s) / (min(first + AT_ONCE, requests) - first))
+        if first >= NUM_WARM_UP:
+            took_s.append((now_s - began_s) / AT_ONCE)
         began_s = now_s
     await orchestrator.close()
     tenth = max(len(took_s) // 10, 1)
@@ -182,6 +186,14 @@ async def _load(plan: DecisionsPlan, replicas: int, requests: int, policy: str, 
         first_tenth_ms=sum(took_s[:tenth]) / tenth * 1000,
         last_tenth_ms=sum(took_s[-tenth:]) / tenth * 1000,
     )
+
+
+def turn_of(number: int) -> tuple[int, int]:
+    """Whose turn a request is, and which one, from 0. AT_ONCE sessions are at work, each begun at another time; after
+    TURNS a new one takes its place. So after NUM_WARM_UP requests each AT_ONCE are the same work: as many first turns,
+    as many of sessions with any number of turns before, and as long prompts."""
+    place, turns = number % AT_ONCE, number // AT_ONCE + number % AT_ONCE
+    return turns // TURNS * AT_ONCE + place, turns % TURNS
 
 
 def _replicas(number: int) -> Mapping[str, Phase]:

@@ -18,15 +18,14 @@ varies."""
 
 @dataclass(frozen=True)
 class DecisionsPlan:
-    """`decisions` for each policy and number of replicas, for a prompt of `prompt_tokens`; then `requests` of
-    `sessions`, over the most replicas but for the comparison of their numbers, which takes the fewest requests."""
+    """`decisions` for each policy and number of replicas, for a prompt of `prompt_tokens`; then `requests` over
+    `load_replicas`, and the fewest requests over each number of replicas."""
 
     policies: tuple[str, ...]
     replicas: tuple[int, ...] = (2, 8, 32, 128, 256)
     requests: tuple[int, ...] = (1_000, 10_000, 100_000)
     decisions: int = 2_000
     prompt_tokens: int = 100_000
-    sessions: int = 10_000
     load_replicas: int = 16
     policy: str = "baton"
     seed: int = 0

@@ -1,16 +1,17 @@
 """`bench decisions`: the gateway is measured, and the report holds its figures against the targets."""
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 
-from bench.decisions import decide, load
+from bench.decisions import AT_ONCE, NUM_WARM_UP, TURNS, decide, load, turn_of
 from bench.decisions_report import Decision, DecisionsPlan, DecisionsReport, Load, tables, targets
 from bench.results import gather_setting
 from bench.stats import Percentiles
 from gateway.routing.policies import POLICIES
 
-PLAN = DecisionsPlan(("baton",), replicas=(2, 4), requests=(64, 128), decisions=5, prompt_tokens=2_000, sessions=16)
+PLAN = DecisionsPlan(("baton",), replicas=(2, 4), requests=(64, 128), decisions=5, prompt_tokens=2_000)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -24,6 +25,17 @@ def test_all_requests_of_a_load_are_served() -> None:
     measured = load(PLAN, 4, 128, "baton", seed=0)
     assert (measured.replicas, measured.requests) == (4, 128)
     assert measured.request_ms > 0
+
+
+def test_the_work_is_the_same_at_the_beginning_and_at_the_end_of_a_load() -> None:
+    had: Counter[int] = Counter()
+    for first in range(0, NUM_WARM_UP + 100 * AT_ONCE, AT_ONCE):
+        asked = [turn_of(number) for number in range(first, first + AT_ONCE)]
+        assert len({session for session, _ in asked}) == AT_ONCE, "no session has two turns at once"
+        if first >= NUM_WARM_UP:
+            assert Counter(turn for _, turn in asked) == dict.fromkeys(range(TURNS), AT_ONCE // TURNS)
+            assert all(had[session] == turn for session, turn in asked), "its turns before have been there"
+        had.update(session for session, _ in asked)
 
 
 REPORT = DecisionsReport(
