@@ -3,20 +3,25 @@
 import asyncio
 import dataclasses
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+from bench import replay_experiment
 from bench.asking import asks_when_it_can
 from bench.commands.app import app
 from bench.oracle import Limits, session_spans, turn_s
 from bench.replay import REPLAYED, Replay, run
+from bench.replay_experiment import Experiment
 from bench.replay_plan import RunFigures, RunPlan, ServiceLevel, Shape, TurnResult, figures
-from bench.replay_search import Goodput, Tuned, bound_per_s, fitted, search, tune
+from bench.replay_report import ReplayPlan, ReplayReport
+from bench.replay_search import Goodput, Job, Result, Task, Tuned, at_load, bound_per_s, fitted, search, tune
 from bench.replay_text import SessionText, Texts
 from bench.replay_tuning import TUNABLE, TUNING_LOAD, TUNING_SEED
+from bench.results import gather_setting
 from bench.traces import Session, Trace, Turn, linked
 from bench.virtual_time import VirtualTimeLoop
 from engine.roofline import ROOFLINES
@@ -272,42 +277,43 @@ def test_the_command_searches_compares_and_writes_its_report(folder: Path, tmp_p
     assert plot.stat().st_size > 1000
 
 
-def test_what_an_earlier_report_has_is_not_run_again(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first, second = tmp_path / "first.json", tmp_path / "second.json"
-    usual = [
-        "replay",
-        str(folder),
-        "--shapes",
-        "1x1",
-        "--seeds",
-        "0",
-        "--turns",
-        "12",
-        "--shards",
-        "1",
-        "--load",
-        "0.5",
-    ]
-    usual = [*usual, "--tune"]
-    done = CliRunner().invoke(app, [*usual, "--policies", "baton,dynamo", "--json", str(first)])
-    assert done.exit_code == 0, done.output
-    plans: list[RunPlan] = []
+def test_what_an_earlier_report_has_is_not_run_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = list[Job]()
+    best = next(iter(TUNABLE["dynamo"]))
 
-    def counted(plan: RunPlan, trace: Trace) -> RunFigures:
-        plans.append(plan)
-        return run(plan, trace)
+    def found(asked: Sequence[Job], shards: int, took: Callable[[Result], None]) -> None:
+        for job in asked:
+            jobs.append(job)
+            match job.task:
+                case Task.TUNE:
+                    tuning = dataclasses.replace(job.plan, seed=TUNING_SEED, constants=best)
+                    took(Tuned(tuning, (("", 0.8), (best, 0.9)), 1.0))
+                case Task.SEARCH:
+                    took(Goodput(at_load(job.plan, 0.5), 3, 1.0))
+                case Task.RUN:
+                    took(figures_of(job.plan))
 
-    monkeypatch.setattr("bench.replay_search.run", counted)
-    more = ["--policies", "baton,dynamo,round-robin", "--json", str(second), "--resume", str(first)]
-    done = CliRunner().invoke(app, [*usual, *more])
-    assert done.exit_code == 0, done.output
-    assert {plan.policy for plan in plans if not plan.drains} == {"round-robin"}
-    before, after = json.loads(first.read_text()), json.loads(second.read_text())
-    assert after["tuned"] == before["tuned"]
-    assert after["goodputs"][:2] == before["goodputs"]
-    assert len(after["goodputs"]) == 3
+    monkeypatch.setattr(replay_experiment, "spread", found)
+
+    def report(*policies: str, earlier: ReplayReport | None = None) -> ReplayReport:
+        asked = ReplayPlan(
+            (str(folder),), policies, (Shape(1, 1),), (0, 1), MODEL, 12, (0.25, 1.0), (), (), 1, tunes=True
+        )
+        experiment = Experiment(asked, gather_setting(), lambda words: None, lambda report: None, earlier)
+        experiment.run()
+        return experiment.report
+
+    first = report("baton", "dynamo")
+    assert len(jobs) == 1 + 4 + 8
+    jobs.clear()
+    second = report("baton", "dynamo", "round-robin", earlier=first)
+    assert {job.plan.policy for job in jobs} == {"round-robin"}
+    assert len(jobs) == 2 + 4
+    assert second.tuned == first.tuned
+    assert set(second.goodputs) > set(first.goodputs)
+    jobs.clear()
+    report("dynamo", earlier=dataclasses.replace(first, tuned=()))
+    assert [job.task for job in jobs] == [Task.TUNE], "it came to the same constants: what was found with them holds"
 
 
 def test_what_is_no_report_is_not_resumed(folder: Path, tmp_path: Path) -> None:
