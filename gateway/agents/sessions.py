@@ -1,8 +1,8 @@
 """Owns the sessions that are known: which one a request belongs to, where it was, what is expected of it next.
 
-A session is one conversation: one growing prompt. Memory is bounded by the number of sessions and by their tokens; the
-session that was used last is forgotten last, and one that nobody has used for `PauseModel.idle_s` is forgotten.
-Times are those of the caller's clock.
+A session is one conversation: one growing prompt. Memory is bounded by the number of sessions and by their tokens: of
+too many, those go first that the tenant with the most has used the longest ago (`gateway.agents.shares`). A session
+that nobody has used for `PauseModel.idle_s` is forgotten. Times are those of the caller's clock.
 """
 
 import heapq
@@ -16,6 +16,7 @@ from gateway.agents.pauses import NO_TOOL, PauseModel, PausePrediction
 from gateway.agents.promises import Promise, Promises
 from gateway.agents.prompts import Prompt, packed
 from gateway.agents.recognition import MIN_BLOCKS, Beginnings, Tips, checkpoints
+from gateway.agents.shares import Shares
 from gateway.agents.trajectories import Member
 from gateway.routing.types import Hints, Placement, SessionView
 
@@ -47,6 +48,7 @@ class _Session:
     """`num_running` of its turns have arrived and not ended. `promise`: where how many tokens are kept for its next
     turn, and until when it is expected."""
 
+    tenant: str | None = None
     agent: str | None = None
     is_named: bool = True
     used_s: float = 0.0
@@ -75,8 +77,8 @@ class Sessions:
         self._max_sessions = max_sessions
         self._max_tokens = max_tokens
         self._sessions: OrderedDict[str, _Session] = OrderedDict()
-        self._num_tokens = 0
-        self._with_prompt: OrderedDict[str, None] = OrderedDict()
+        self._by_use: Shares[str] = Shares()
+        self._prompts: Shares[str] = Shares()
         self._tips = Tips()
         self._beginnings = Beginnings()
         self._answers = AnswerLengths()
@@ -135,7 +137,7 @@ class Sessions:
             name = self._recognised(tokens, hashes)
             if name is None:
                 return Arrival(None, hashes, None)
-        session = self._sessions.get(name) or self._new(name)
+        session = self._sessions.get(name) or self._new(name, hints.tenant)
         session.is_named = hints.session is not None
         self._touch(name, session, now_s)
         session.agent = hints.agent or session.agent
@@ -145,11 +147,9 @@ class Sessions:
             self._touch(hints.parent, parent, now_s)
         is_again = not session.is_named and tokens == session.prompt.tokens
         self._end_pause(session, hints, now_s, is_again)
-        self._num_tokens += len(token_ids) - session.prompt.num_tokens
         session.prompt = Prompt(tokens, hashes, block_size_tokens, salt)
         session.num_prompt_tokens = len(token_ids)
-        self._with_prompt[name] = None
-        self._with_prompt.move_to_end(name)
+        self._prompts.use(name, session.tenant, session.num_prompt_tokens)
         if not session.is_named:
             self._set_tips(name, session, [hashes[-1]])
             session.mark = self._beginnings.replace(session.mark, marks, name)
@@ -158,21 +158,20 @@ class Sessions:
         session.member.priority, session.member.ttft_deadline_s = hints.priority, hints.ttft_deadline_s
         view = self._view(session, hints.output_tokens)
         session.return_probability = view.return_probability
-        self._forget_oldest()
+        self._make_room()
         return Arrival(name, hashes, view)
 
     def placed(self, name: str | None, placement: Placement) -> None:
         """Remembers where a turn went; a turn that is placed again counts again."""
-        if name is None:
+        session = self._sessions.get(name) if name is not None else None
+        if session is None:
             return
-        session = self._sessions.get(name) or self._new(name)
         session.num_turns += 1
         session.prefill = placement.prefill or session.prefill
         session.decode = placement.decode
         session.member.trajectory.num_turns += 1
         self._promise(session, session.num_prompt_tokens)
         session.promised_until_s = math.inf
-        self._forget_oldest()
 
     def ended(
         self,
@@ -242,13 +241,14 @@ class Sessions:
         self._num_unnamed += 1
         return f"{name}-{self._num_unnamed}"
 
-    def _new(self, name: str) -> _Session:
-        session = self._sessions[name] = _Session(used_s=self._now_s)
+    def _new(self, name: str, tenant: str | None) -> _Session:
+        session = self._sessions[name] = _Session(tenant)
         return session
 
     def _touch(self, name: str, session: _Session, now_s: float) -> None:
         session.used_s = now_s
         self._sessions.move_to_end(name)
+        self._by_use.use(name, session.tenant)
 
     def _end_pause(self, session: _Session, hints: Hints, now_s: float, is_again: bool) -> None:
         session.member.waits = False
@@ -320,28 +320,27 @@ class Sessions:
             else:
                 self._forget(name, now_s)
 
-    def _forget_oldest(self) -> None:
-        """Of too many sessions the oldest, of too many tokens the oldest prompts: a session that has a name goes on
-        without. The tokens of the one that is in use may be more than are allowed in all; they are kept until the next.
+    def _make_room(self) -> None:
+        """Forgets a session where there are too many, and a prompt where its tokens are too many: a session that has a
+        name goes on without. The tokens of one prompt may be more than are allowed in all; it is kept until the next.
         """
         while len(self._sessions) > self._max_sessions:
-            self._forget(next(iter(self._sessions)), self._now_s)
-        while self._num_tokens > self._max_tokens and len(self._with_prompt) > 1:
-            oldest = next(iter(self._with_prompt))
-            if self._sessions[oldest].is_named:
-                self._forget_prompt(oldest)
+            self._forget(self._by_use.first, self._now_s)
+        while self._prompts.total > self._max_tokens and len(self._prompts) > 1:
+            first = self._prompts.first
+            if self._sessions[first].is_named:
+                self._forget_prompt(first)
             else:
-                self._forget(oldest, self._now_s)
+                self._forget(first, self._now_s)
 
     def _forget_prompt(self, name: str) -> None:
-        session = self._sessions[name]
-        self._num_tokens -= session.prompt.num_tokens
-        session.prompt = Prompt()
-        self._with_prompt.pop(name, None)
+        self._sessions[name].prompt = Prompt()
+        self._prompts.discard(name)
 
     def _forget(self, name: str, now_s: float) -> None:
         self._forget_prompt(name)
         session = self._sessions.pop(name)
+        self._by_use.discard(name)
         self._promises.replace(session.promise, None)
         self._set_tips(name, session, [])
         self._beginnings.replace(session.mark, [], name)

@@ -81,13 +81,15 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_a_session_remembers_where_its_last_turn_went_and_who_prefilled_last() -> None:
-    sessions = Sessions(10, 1000)
-    assert sessions.view(None) is None
-    assert sessions.view("s") == SessionView()
-    sessions.placed("s", placement("p1", "d1"))
-    sessions.placed("s", placement(None, "d2"))
-    sessions.placed("other", placement("p9", "d9"))
-    view = sessions.view("s")
+    turns = Turns()
+    assert turns.sessions.view(None) is None
+    assert turns.sessions.view("s") == SessionView()
+    turns.arrive(hints=NAMED)
+    turns.arrive(hints=Hints(session="other"))
+    turns.sessions.placed("s", placement("p1", "d1"))
+    turns.sessions.placed("s", placement(None, "d2"))
+    turns.sessions.placed("other", placement("p9", "d9"))
+    view = turns.sessions.view("s")
     assert view is not None
     assert (view.num_turns, view.prefill, view.decode) == (2, "p1", "d2")
 
@@ -479,10 +481,40 @@ def test_what_is_told_of_a_forgotten_session_changes_nothing() -> None:
     turns = Turns(max_sessions=1)
     turns.begin(hints=NAMED)
     turns.begin(hints=Hints(session="other"), decode="d2")
+    turns.sessions.placed("s", placement(None, "d"))
     turns.end("s")
     turns.sessions.dropped("s", turns.now_s)
     assert len(turns.sessions) == 1
     assert turns.sessions.promised_tokens("d") == 0
+
+
+def known_of(turns: Turns, tenant: str, names: list[str]) -> list[bool]:
+    """Which of a tenant's sessions are known."""
+    return [turns.sessions.view(f"{tenant}-{name}") != SessionView() for name in names]
+
+
+def test_a_tenant_that_invents_sessions_displaces_its_own_only() -> None:
+    turns = Turns(max_sessions=10)
+    for name in ("a", "b", "c"):
+        turns.turn(hints=Hints(session=f"calm-{name}", tenant="calm"), pause_s=0.0)
+    for number in range(100):
+        turns.turn(hints=Hints(session=f"loud-{number}", tenant="loud"), pause_s=0.0)
+    assert known_of(turns, "calm", ["a", "b", "c"]) == [True, True, True]
+    assert known_of(turns, "loud", ["92", "93", "99"]) == [False, True, True], "of its own, those it used last"
+    # Whoever asks for no more than an equal part gets it.
+    for number in range(3):
+        turns.turn(hints=Hints(session=f"late-{number}", tenant="late"), pause_s=0.0)
+    assert known_of(turns, "late", ["0", "2"]) == known_of(turns, "calm", ["a", "c"]) == [True, True]
+    assert len(turns.sessions) == 10
+
+
+def test_a_tenant_with_many_tokens_displaces_its_own_prompts_only(hashed: list[int]) -> None:
+    turns = Turns(max_tokens=12 * B)
+    turns.turn(hints=Hints(session="calm", tenant="calm"))
+    for number in range(20):
+        turns.turn([number, *PROMPT], Hints(session=f"loud-{number}", tenant="loud"))
+    turns.begin([*PROMPT, *ANSWER], Hints(session="calm", tenant="calm"))
+    assert hashed[-1] == 2 * B, "its prompt is still known: the rest is hashed, no more"
 
 
 def test_a_session_that_stays_away_for_longer_than_nine_in_ten_is_not_waited_for() -> None:

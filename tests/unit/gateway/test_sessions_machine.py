@@ -32,10 +32,13 @@ class Machine(RuleBasedStateMachine):
         agent=st.sampled_from([None, "x", "y"]),
         tool=st.sampled_from([None, "t", "u"]),
         is_last=st.booleans(),
-        salt=st.sampled_from([None, "s"]),
+        tenant=st.sampled_from([None, "s"]),
     )
-    def arrives(self, name, parent, text, agent, tool, is_last, salt):
-        hints = Hints(session=name, parent=parent, agent=agent, tool=tool, is_last=is_last)
+    def arrives(self, name, parent, text, agent, tool, is_last, tenant):
+        # As `Tenant.cap` does: a tenant's names are its own.
+        own = {key: value and f"{tenant}-{value}" for key, value in (("session", name), ("parent", parent))}
+        hints = Hints(agent=agent, tool=tool, is_last=is_last, tenant=tenant, **own)
+        salt = tenant
         prompt = [token for part in text for token in part]
         arrival = self.sessions.arrives(hints, prompt, B, salt, self.now_s)
         assert (arrival.name is None) == (arrival.view is None)
@@ -62,10 +65,11 @@ class Machine(RuleBasedStateMachine):
         known = self.sessions._sessions
         assert len(known) <= MAX_SESSIONS
         num_tokens = sum(session.prompt.num_tokens for session in known.values())
-        assert num_tokens == self.sessions._num_tokens
+        assert num_tokens == self.sessions._prompts.total
         with_prompt = [name for name, session in known.items() if session.prompt.num_tokens]
         assert num_tokens <= MAX_TOKENS or len(with_prompt) == 1
-        assert set(with_prompt) <= set(self.sessions._with_prompt) <= set(known)
+        assert set(with_prompt) == set(self.sessions._prompts._owners) <= set(known)
+        assert set(known) == set(self.sessions._by_use._owners)
         assert len(self.sessions.pauses) <= 8
 
     @invariant()
@@ -100,7 +104,7 @@ class Machine(RuleBasedStateMachine):
         self.sessions.arrives(Hints(), [1], B, None, self.now_s)
         assert len(self.sessions) == len(self.sessions._tips) == len(self.sessions._beginnings) == 0
         assert self.sessions.promised_tokens("d1") == self.sessions.promised_tokens("d2") == 0
-        assert self.sessions._num_tokens == 0
+        assert self.sessions._prompts.total == len(self.sessions._by_use) == 0
 
 
 TestSessions = Machine.TestCase
