@@ -1,4 +1,5 @@
-"""Owns what is learnt of pauses: how long sessions stay away after a turn, by agent and tool; and how right that was.
+"""Owns what is learnt of pauses: how long sessions stay away after a turn, by tenant, agent and tool; and how right
+that was.
 
 A pause begins when a turn has ended and ends when the session's next turn arrives. A session that stays away for longer
 than `idle_s` does not come back, by definition. Pure but for what it has learnt; it has no clock.
@@ -6,9 +7,11 @@ than `idle_s` does not come back, by definition. Pure but for what it has learnt
 
 import math
 from bisect import bisect_left
-from collections import OrderedDict
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
+from typing import NamedTuple
+
+from gateway.agents.shares import Shares
 
 NO_TOOL = ""
 """The tool of a turn that called none: the pause is a person's."""
@@ -133,35 +136,53 @@ class _Histogram:
         return [count * scale + p * share for count, p in zip(self.counts, general, strict=True)]
 
 
-class PauseModel:
-    """Learns from each pause for its agent and tool, its tool, its agent, and all. A prediction starts from all pauses
-    and goes on to the more special ones, each of which counts as much as it has seen."""
+class _Kind(NamedTuple):
+    """Of pauses. None: whichever agent or tool; as `tenant`: of none, where keys are not asked for."""
 
-    def __init__(self, idle_s: float = 1800.0, max_keys: int = 4096) -> None:
+    tenant: str | None
+    agent: str | None = None
+    tool: str | None = None
+
+
+class PauseModel:
+    """Learns from each pause for its agent and tool, its tool, its agent, and all of its tenant: agents and tools bear
+    names of clients' choosing, so nobody teaches what is another's. A prediction starts from all pauses of the tenant
+    and goes on to the more special ones, each of which counts as much as it has seen.
+
+    Of more than `max_kinds` the tenant that has most forgets one (`gateway.agents.shares`).
+    """
+
+    def __init__(self, idle_s: float = 1800.0, max_kinds: int = 4096) -> None:
         self.idle_s = idle_s
         self.calibration = Calibration()
-        self._max_keys = max_keys
-        self._all = _Histogram()
-        self._by_kind: OrderedDict[tuple[str | None, str | None], _Histogram] = OrderedDict()
+        self._max_kinds = max_kinds
+        self._by_kind: dict[_Kind, _Histogram] = {}
+        self._by_use: Shares[_Kind] = Shares()
         self._prior = _prior(idle_s)
 
     def __len__(self) -> int:
         return len(self._by_kind)
 
-    def predict(self, agent: str | None, tool: str | None) -> PausePrediction:
+    def predict(self, tenant: str | None, agent: str | None, tool: str | None) -> PausePrediction:
         """`tool` None: it is not known yet which one will be called; `NO_TOOL`: none was."""
-        found = self._all
-        probabilities = found.over(self._prior, PRIOR_STRENGTH)
-        for kind in _kinds(agent, tool):
+        probabilities, strength, num_seen = self._prior, PRIOR_STRENGTH, 0.0
+        for kind in _kinds(tenant, agent, tool):
             if histogram := self._by_kind.get(kind):
-                found = histogram
-                probabilities = found.over(probabilities, STRENGTH)
-        return PausePrediction(self.idle_s, tuple(accumulate(probabilities[:NUM_BINS])), found.num_seen)
+                probabilities = histogram.over(probabilities, strength)
+                strength, num_seen = STRENGTH, histogram.num_seen
+        return PausePrediction(self.idle_s, tuple(accumulate(probabilities[:NUM_BINS])), num_seen)
 
-    def returned(self, agent: str | None, tool: str, pause_s: float, predicted: PausePrediction | None = None) -> None:
+    def returned(
+        self,
+        tenant: str | None,
+        agent: str | None,
+        tool: str,
+        pause_s: float,
+        predicted: PausePrediction | None = None,
+    ) -> None:
         """Learns from a pause that has ended, and scores what was predicted of it."""
         index = _bin(pause_s, self.idle_s)
-        for histogram in self._histograms(agent, tool):
+        for histogram in self._histograms(tenant, agent, tool):
             histogram.age()
             histogram.add(index)
         if predicted is not None:
@@ -174,9 +195,9 @@ class PauseModel:
                 old.expected_returns + predicted.return_probability,
             )
 
-    def gone(self, agent: str | None, tool: str, predicted: PausePrediction | None = None) -> None:
+    def gone(self, tenant: str | None, agent: str | None, tool: str, predicted: PausePrediction | None = None) -> None:
         """Learns from a session that has not come back within `idle_s`."""
-        for histogram in self._histograms(agent, tool):
+        for histogram in self._histograms(tenant, agent, tool):
             histogram.age()
             histogram.add(NUM_BINS)
         if predicted is not None:
@@ -189,38 +210,40 @@ class PauseModel:
                 old.expected_returns + predicted.return_probability,
             )
 
-    def unknown_after(self, agent: str | None, tool: str, waited_s: float) -> None:
+    def unknown_after(self, tenant: str | None, agent: str | None, tool: str, waited_s: float) -> None:
         """Learns from a session that was lost sight of while it paused: all that is known is that its pause is longer
         than `waited_s`. It counts where the longer ones are expected (Efron's redistribution of censored samples)."""
-        cumulative = self.predict(agent, tool).cumulative
+        cumulative = self.predict(tenant, agent, tool).cumulative
         probabilities = [b - a for a, b in zip((0.0, *cumulative), cumulative, strict=False)]
         first = min(_bin(waited_s, self.idle_s), NUM_BINS)
         rest = 1.0 - (cumulative[first - 1] if first else 0.0)
-        for histogram in self._histograms(agent, tool):
+        for histogram in self._histograms(tenant, agent, tool):
             histogram.age()
             for index in range(first, NUM_BINS):
                 histogram.add(index, probabilities[index] / rest)
             histogram.add(NUM_BINS, (1.0 - cumulative[-1]) / rest)
 
-    def _histograms(self, agent: str | None, tool: str) -> list[_Histogram]:
-        found = [self._all]
-        for kind in _kinds(agent, tool):
+    def _histograms(self, tenant: str | None, agent: str | None, tool: str) -> list[_Histogram]:
+        found: list[_Histogram] = []
+        for kind in _kinds(tenant, agent, tool):
             found.append(self._by_kind.setdefault(kind, _Histogram()))
-            self._by_kind.move_to_end(kind)
-        while len(self._by_kind) > self._max_keys:
-            self._by_kind.popitem(last=False)
+            self._by_use.use(kind, tenant)
+        while len(self._by_kind) > self._max_kinds:
+            first = self._by_use.first
+            del self._by_kind[first]
+            self._by_use.discard(first)
         return found
 
 
-def _kinds(agent: str | None, tool: str | None) -> list[tuple[str | None, str | None]]:
+def _kinds(tenant: str | None, agent: str | None, tool: str | None) -> list[_Kind]:
     """From the general to the special."""
-    kinds: list[tuple[str | None, str | None]] = []
+    kinds = [_Kind(tenant)]
     if agent is not None:
-        kinds.append((agent, None))
+        kinds.append(_Kind(tenant, agent))
     if tool is not None:
-        kinds.append((None, tool))
+        kinds.append(_Kind(tenant, tool=tool))
         if agent is not None:
-            kinds.append((agent, tool))
+            kinds.append(_Kind(tenant, agent, tool))
     return kinds
 
 

@@ -196,14 +196,14 @@ class Sessions:
         trajectory.attained_s += service_s
         if is_whole:
             session.output_tokens = running_mean(session.output_tokens, len(written))
-            self._answers.learn(session.agent, len(written))
+            self._answers.learn(session.tenant, session.agent, len(written))
         if session.is_last:
             if not session.num_running:
                 self._forget(name, now_s)
             return
         if session.num_running:
             return
-        predicted = self.pauses.predict(session.agent, tool or NO_TOOL)
+        predicted = self.pauses.predict(session.tenant, session.agent, tool or NO_TOOL)
         session.pause = _Pause(now_s, tool or NO_TOOL, predicted)
         session.member.waits = tool is not None
         session.return_probability = predicted.return_probability
@@ -258,7 +258,9 @@ class Sessions:
         pause_s = max(now_s - pause.began_s, 0.0)
         session.member.trajectory.paused_s += pause_s
         if not is_again:
-            self.pauses.returned(session.agent, pause.tool or hints.tool or NO_TOOL, pause_s, pause.predicted)
+            self.pauses.returned(
+                session.tenant, session.agent, pause.tool or hints.tool or NO_TOOL, pause_s, pause.predicted
+            )
 
     def _view(self, session: _Session, output_tokens: int | None) -> SessionView:
         member = session.member
@@ -267,8 +269,8 @@ class Sessions:
         if expected is None:
             expected = session.output_tokens
         if expected is None:
-            expected = self._answers.expected_tokens(session.agent)
-        predicted = None if session.is_last else self.pauses.predict(session.agent, None)
+            expected = self._answers.expected_tokens(session.tenant, session.agent)
+        predicted = None if session.is_last else self.pauses.predict(session.tenant, session.agent, None)
         return SessionView(
             num_turns=session.num_turns,
             prefill=session.prefill,
@@ -348,6 +350,6 @@ class Sessions:
         if pause := session.pause:
             waited_s = now_s - pause.began_s
             if waited_s > self.pauses.idle_s:
-                self.pauses.gone(session.agent, pause.tool, pause.predicted)
+                self.pauses.gone(session.tenant, session.agent, pause.tool, pause.predicted)
             else:
-                self.pauses.unknown_after(session.agent, pause.tool, waited_s)
+                self.pauses.unknown_after(session.tenant, session.agent, pause.tool, waited_s)

@@ -68,14 +68,11 @@ class Tenant:
             deadline_s = min(deadline_s, self.max_ttft_deadline_s or math.inf)
             if deadline_s != hints.ttft_deadline_s:
                 capped.append(f"ttft_deadline_s {hints.ttft_deadline_s:g} to {deadline_s:g}")
-        # Pauses and answers are learnt by the agent's name: nobody may teach what another's agent of that name does.
-        agent = hints.agent and f"{self.name}/{hints.agent}"
         own = {name: self._own(value) for name in OWN_NAMES if (value := getattr(hints, name)) is not None}
         return dataclasses.replace(
             hints,
             priority=priority,
             ttft_deadline_s=deadline_s,
-            agent=agent,
             tenant=self.name,
             capped=tuple(capped),
             **own,

@@ -12,6 +12,7 @@ from gateway.agents.answers import AnswerLengths
 from gateway.agents.pauses import NO_TOOL, PauseModel
 
 IDLE_S = 1800.0
+TENANT = "t"
 
 
 def lognormal(rng: random.Random, median_s: float, sigma: float = 1.0) -> float:
@@ -19,7 +20,7 @@ def lognormal(rng: random.Random, median_s: float, sigma: float = 1.0) -> float:
 
 
 def test_before_anything_is_seen_published_shares_are_believed() -> None:
-    predicted = PauseModel(IDLE_S).predict("coder", "look")
+    predicted = PauseModel(IDLE_S).predict(TENANT, "coder", "look")
     assert predicted.num_seen == 0
     assert predicted.return_probability == pytest.approx(0.9)
     # A bin's edges need not be those that were published.
@@ -29,7 +30,7 @@ def test_before_anything_is_seen_published_shares_are_believed() -> None:
 
 
 def test_an_idle_limit_below_the_published_times_has_a_prior_too() -> None:
-    predicted = PauseModel(0.5).predict(None, None)
+    predicted = PauseModel(0.5).predict(TENANT, None, None)
     assert predicted.p90_s <= 0.5
     assert predicted.return_probability == pytest.approx(0.9)
 
@@ -37,32 +38,32 @@ def test_an_idle_limit_below_the_published_times_has_a_prior_too() -> None:
 def test_a_kind_that_was_never_seen_is_predicted_by_what_is_next_to_it() -> None:
     model = PauseModel(IDLE_S)
     for _ in range(200):
-        model.returned("coder", "build", 60.0)
-        model.returned("coder", "look", 0.05)
-        model.returned("writer", NO_TOOL, 300.0)
-    assert model.predict("unknown", "build").median_s == pytest.approx(60.0, rel=0.3)
-    assert model.predict("coder", "look").median_s == pytest.approx(0.05, rel=0.3)
-    assert model.predict("writer", "unknown").median_s == pytest.approx(300.0, rel=0.3)
+        model.returned(TENANT, "coder", "build", 60.0)
+        model.returned(TENANT, "coder", "look", 0.05)
+        model.returned(TENANT, "writer", NO_TOOL, 300.0)
+    assert model.predict(TENANT, "unknown", "build").median_s == pytest.approx(60.0, rel=0.3)
+    assert model.predict(TENANT, "coder", "look").median_s == pytest.approx(0.05, rel=0.3)
+    assert model.predict(TENANT, "writer", "unknown").median_s == pytest.approx(300.0, rel=0.3)
     # Half of the coder's pauses are of either tool; which one comes next is not known yet.
-    assert model.predict("coder", None).probability_within(1.0) == pytest.approx(0.5, abs=0.05)
-    assert model.predict(None, "build").num_seen == pytest.approx(164, abs=2)
+    assert model.predict(TENANT, "coder", None).probability_within(1.0) == pytest.approx(0.5, abs=0.05)
+    assert model.predict(TENANT, None, "build").num_seen == pytest.approx(164, abs=2)
 
 
 def test_what_was_long_ago_is_forgotten() -> None:
     model = PauseModel(IDLE_S)
     for pause_s in (0.01, 100.0):
         for _ in range(2000):
-            model.returned(None, "look", pause_s)
-    assert model.predict(None, "look").median_s == pytest.approx(100.0, rel=0.3)
-    assert model.predict(None, "look").num_seen == pytest.approx(500, rel=0.01)
+            model.returned(TENANT, None, "look", pause_s)
+    assert model.predict(TENANT, None, "look").median_s == pytest.approx(100.0, rel=0.3)
+    assert model.predict(TENANT, None, "look").num_seen == pytest.approx(500, rel=0.01)
 
 
 def test_it_learns_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pauses, "MEMORY", 5.0)
     model = PauseModel(IDLE_S)
     for _ in range(5000):
-        model.returned(None, "look", 5.0)
-    predicted = model.predict(None, "look")
+        model.returned(TENANT, None, "look", 5.0)
+    predicted = model.predict(TENANT, None, "look")
     assert predicted.num_seen == pytest.approx(6.0, rel=0.01)
     assert predicted.median_s == pytest.approx(5.0, rel=0.3)
 
@@ -71,8 +72,8 @@ def test_the_longer_a_pause_is_the_longer_it_will_be() -> None:
     model = PauseModel(IDLE_S)
     for _ in range(200):
         for pause_s in (1.0, 1.0, 1.0, 100.0):
-            model.returned(None, "look", pause_s)
-    predicted = model.predict(None, "look")
+            model.returned(TENANT, None, "look", pause_s)
+    predicted = model.predict(TENANT, None, "look")
     assert predicted.probability_within(5.0) == pytest.approx(0.75, abs=0.03)
     assert predicted.probability_within(5.0, waited_s=3.0) < 0.02
     assert predicted.quantile_s(0.5, waited_s=3.0) == pytest.approx(100.0, rel=0.3)
@@ -86,17 +87,17 @@ def test_predictions_are_right_as_often_as_they_say() -> None:
     for _ in range(6000):
         tool = rng.choice(list(tools))
         median_s, probability = tools[tool]
-        predicted = model.predict("coder", tool)
+        predicted = model.predict(TENANT, "coder", tool)
         if rng.random() < probability:
-            model.returned("coder", tool, lognormal(rng, median_s), predicted)
+            model.returned(TENANT, "coder", tool, lognormal(rng, median_s), predicted)
         else:
-            model.gone("coder", tool, predicted)
+            model.gone(TENANT, "coder", tool, predicted)
     seen = model.calibration
     assert seen.num_returned + seen.num_gone == 6000
     assert seen.median_share == pytest.approx(0.5, abs=0.03)
     assert seen.p90_share == pytest.approx(0.9, abs=0.02)
     assert seen.expected_returns == pytest.approx(seen.num_returned, rel=0.02)
-    assert model.predict("coder", NO_TOOL).return_probability == pytest.approx(0.6, abs=0.08)
+    assert model.predict(TENANT, "coder", NO_TOOL).return_probability == pytest.approx(0.6, abs=0.08)
 
 
 def test_sessions_lost_sight_of_do_not_distort_what_is_known() -> None:
@@ -106,21 +107,45 @@ def test_sessions_lost_sight_of_do_not_distort_what_is_known() -> None:
     for _ in range(4000):
         pause_s = lognormal(rng, 5.0)
         if rng.random() < 1 / 3 and pause_s > 5.0:
-            model.unknown_after(None, "look", 5.0)
+            model.unknown_after(TENANT, None, "look", 5.0)
         else:
-            model.returned(None, "look", pause_s)
-            naive.returned(None, "look", pause_s)
-    assert model.predict(None, "look").median_s == pytest.approx(5.0, rel=0.15)
-    assert naive.predict(None, "look").median_s < 4.2
+            model.returned(TENANT, None, "look", pause_s)
+            naive.returned(TENANT, None, "look", pause_s)
+    assert model.predict(TENANT, None, "look").median_s == pytest.approx(5.0, rel=0.15)
+    assert naive.predict(TENANT, None, "look").median_s < 4.2
 
 
 def test_invented_names_are_bounded_and_what_is_used_stays() -> None:
-    model = PauseModel(IDLE_S, max_keys=100)
+    model = PauseModel(IDLE_S, max_kinds=100)
     for number in range(1000):
-        model.returned("coder", "look", 50.0)
-        model.returned(f"agent-{number}", f"tool-{number}", 0.01)
+        model.returned(TENANT, "coder", "look", 50.0)
+        model.returned(TENANT, f"agent-{number}", f"tool-{number}", 0.01)
         assert len(model) <= 100
-    assert model.predict("coder", "look").median_s == pytest.approx(50.0, rel=0.3)
+    assert model.predict(TENANT, "coder", "look").median_s == pytest.approx(50.0, rel=0.3)
+
+
+def test_a_tenant_teaches_nobody_else_and_learns_of_nobody_else() -> None:
+    model, alone = PauseModel(IDLE_S), PauseModel(IDLE_S)
+    for _ in range(50):
+        alone.returned("mine", "coder", "look", 1.0)
+        model.returned("mine", "coder", "look", 1.0)
+        model.returned("theirs", "coder", "look", 600.0)
+        model.gone("theirs", None, "look")
+        model.unknown_after(None, "coder", NO_TOOL, 300.0)
+    for agent, tool in (("coder", "look"), (None, "look"), ("coder", None), (None, None), ("new", "new")):
+        assert model.predict("mine", agent, tool) == alone.predict("mine", agent, tool)
+        assert model.predict("new", agent, tool) == PauseModel(IDLE_S).predict("new", agent, tool)
+
+
+def test_a_tenant_that_invents_names_forgets_its_own() -> None:
+    model = PauseModel(IDLE_S, max_kinds=100)
+    model.returned("calm", "coder", "look", 50.0)
+    kept = model.predict("calm", "coder", "look")
+    for number in range(1000):
+        model.returned("loud", f"agent-{number}", f"tool-{number}", 0.01)
+    assert len(model) == 100
+    assert model.predict("calm", "coder", "look") == kept
+    assert model.predict("loud", None, None).num_seen > 300, "what all its pauses are like is used each time, and stays"
 
 
 def test_nothing_scored_has_no_shares() -> None:
@@ -141,12 +166,12 @@ def test_a_prediction_is_always_a_distribution(events, kind, waited_s: float, sh
     model = PauseModel(IDLE_S)
     for (agent, tool), what, length_s in events:
         if what == "returned":
-            model.returned(agent, tool, length_s)
+            model.returned(TENANT, agent, tool, length_s)
         elif what == "gone":
-            model.gone(agent, tool)
+            model.gone(TENANT, agent, tool)
         else:
-            model.unknown_after(agent, tool, length_s)
-    predicted = model.predict(*kind)
+            model.unknown_after(TENANT, agent, tool, length_s)
+    predicted = model.predict(TENANT, *kind)
     assert list(predicted.cumulative) == sorted(predicted.cumulative)
     assert 0 < predicted.return_probability <= 1 + 1e-9
     quantiles = [predicted.quantile_s(share, waited_s) for share in sorted(shares)]
@@ -160,7 +185,18 @@ def test_a_prediction_is_always_a_distribution(events, kind, waited_s: float, sh
 def test_lengths_of_answers_are_kept_for_a_bounded_number_of_agents() -> None:
     answers = AnswerLengths(max_agents=2)
     for agent, num_tokens in (("a", 100), ("a", 200), ("b", 10), ("a", 110), ("c", 7)):
-        answers.learn(agent, num_tokens)
+        answers.learn(TENANT, agent, num_tokens)
     assert len(answers) == 2
-    assert answers.expected_tokens("a") == pytest.approx(110)
-    assert answers.expected_tokens("b") is None
+    assert answers.expected_tokens(TENANT, "a") == pytest.approx(110)
+    assert answers.expected_tokens(TENANT, "b") is None
+
+
+def test_lengths_of_answers_are_a_tenant_s_own_and_so_is_what_makes_room() -> None:
+    answers = AnswerLengths(max_agents=5)
+    answers.learn("calm", None, 100)
+    answers.learn(None, None, 200)
+    for number in range(20):
+        answers.learn("loud", f"agent-{number}", 7)
+    assert len(answers) == 5
+    assert (answers.expected_tokens("calm", None), answers.expected_tokens(None, None)) == (100, 200)
+    assert answers.expected_tokens("loud", None) is None

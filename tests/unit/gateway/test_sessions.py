@@ -272,6 +272,35 @@ def test_an_agent_s_new_session_is_expected_to_answer_as_its_others_do() -> None
     assert turns.view(hints=Hints(session="c", agent="other")).output_tokens is None
 
 
+def test_what_one_tenant_s_agents_do_says_nothing_of_another_s() -> None:
+    turns = Turns(max_sessions=2)
+    theirs = Hints(session="theirs", agent="coder", tenant="other")
+    for _ in range(20):
+        turns.turn(hints=theirs, pause_s=50.0)
+    pauses, fresh = turns.sessions.pauses, PauseModel(IDLE_S)
+    assert pauses.predict("other", "coder", "look").median_s > 10.0
+    assert turns.view(hints=Hints(session="more", agent="coder", tenant="other")).output_tokens == len(ANSWER)
+    assert turns.view(hints=Hints(session="mine", agent="coder", tenant="mine")).output_tokens is None
+    assert pauses.predict("mine", "coder", "look") == fresh.predict("mine", "coder", "look")
+    # So are those that are lost sight of, and those that do not come back.
+    turns.turn(hints=theirs, pause_s=0.0)
+    for number in range(3):
+        turns.turn(hints=Hints(session=f"s{number}", tenant="other"), pause_s=IDLE_S + 1 if number == 2 else 0.0)
+    turns.begin(hints=Hints(session="mine", tenant="mine"))
+    assert pauses.calibration.num_gone == 1
+    assert pauses.predict(None, "coder", "look") == fresh.predict(None, "coder", "look")
+
+
+def test_a_session_is_waited_for_as_long_as_its_tenant_s_pauses_are() -> None:
+    turns = Turns()
+    slow = Hints(session="s", tenant="slow")
+    for _ in range(20):
+        turns.turn(hints=slow, pause_s=50.0)
+    turns.turn(hints=slow, pause_s=40.0)
+    turns.begin(hints=Hints(session="other"), decode="d2")
+    assert turns.sessions.promised_tokens("d") > 0
+
+
 def test_pauses_are_learnt_for_the_tool_that_was_called_and_predictions_are_scored() -> None:
     turns = Turns()
     for number in range(20):
@@ -280,14 +309,14 @@ def test_pauses_are_learnt_for_the_tool_that_was_called_and_predictions_are_scor
     turns.arrive(hints=NAMED)
     model = turns.sessions.pauses
     assert model.calibration.num_returned == 20
-    assert model.predict(None, "fast").median_s < 0.1 < 10 < model.predict(None, "slow").median_s
+    assert model.predict(None, None, "fast").median_s < 0.1 < 10 < model.predict(None, None, "slow").median_s
 
 
 def test_where_the_answer_names_no_tool_the_next_request_may() -> None:
     turns = Turns()
     turns.turn(hints=NAMED, tool=None, pause_s=50.0)
     turns.arrive(hints=Hints(session="s", tool="look"))
-    assert turns.sessions.pauses.predict(None, "look").num_seen == pytest.approx(1.0)
+    assert turns.sessions.pauses.predict(None, None, "look").num_seen == pytest.approx(1.0)
 
 
 def test_a_session_pauses_only_when_none_of_its_turns_runs() -> None:
@@ -520,7 +549,7 @@ def test_a_tenant_with_many_tokens_displaces_its_own_prompts_only(hashed: list[i
 def test_a_session_that_stays_away_for_longer_than_nine_in_ten_is_not_waited_for() -> None:
     turns = Turns()
     turns.turn(hints=NAMED, pause_s=0.0)
-    predicted = turns.sessions.pauses.predict(None, "look")
+    predicted = turns.sessions.pauses.predict(None, None, "look")
     turns.now_s += predicted.p90_s * 0.99
     turns.begin(hints=Hints(session="other"), decode="d2")
     assert turns.sessions.promised_tokens("d") > 0

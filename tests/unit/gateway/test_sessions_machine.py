@@ -20,7 +20,7 @@ class Machine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.checkpoint_tokens, recognition.CHECKPOINT_TOKENS = recognition.CHECKPOINT_TOKENS, B
-        self.sessions = Sessions(MAX_SESSIONS, MAX_TOKENS, PauseModel(IDLE_S, max_keys=8))
+        self.sessions = Sessions(MAX_SESSIONS, MAX_TOKENS, PauseModel(IDLE_S, max_kinds=8))
         self.now_s = 0.0
 
     @rule(
