@@ -256,12 +256,17 @@ class Orchestrator:
         if group.receipt is not None and self._has_ended(group):
             self._end_turn(group)
 
+    def refused(self, group: Group) -> None:
+        """Its prompt was refused, and is not added."""
+        self._sessions.refused(group.hints, self._clock())
+
     def add(self, request: SequenceRequest, group: Group) -> None:
         """Places a sequence and sets it going. Raises PlacementRejected; then nothing has been reserved."""
         arrived_s = self._clock()
         limit = self._config.max_in_flight_requests
         # All choices of a prompt are taken, or none.
         if not group.sequences and len(self._sequences) + group.num_choices > limit:
+            self.refused(group)
             reason = f"this gateway already holds {limit} sequences"
             raise PlacementRejected(Rejection(503, reason, 1, Cause.GATEWAY_FULL))
         if group.placement is None:

@@ -1,8 +1,9 @@
 """Owns what is learnt of pauses: how long sessions stay away after a turn, by tenant, agent and tool; and how right
 that was.
 
-A pause begins when a turn has ended and ends when the session's next turn arrives. A session that stays away for longer
-than `idle_s` does not come back, by definition. Pure but for what it has learnt; it has no clock.
+A pause begins when a turn has ended and ends when the session's next turn first arrives; it is learnt when that one is
+taken. A session that stays away for longer than `idle_s` does not come back, by definition. Pure but for what it has
+learnt; it has no clock.
 """
 
 import math

@@ -5,6 +5,7 @@ too many, those go first that the tenant with the most has used the longest ago 
 that nobody has used for `PauseModel.idle_s` is forgotten. Times are those of the caller's clock.
 """
 
+import dataclasses
 import heapq
 import math
 from collections import OrderedDict
@@ -36,11 +37,14 @@ class Arrival:
 
 @dataclass(frozen=True, slots=True)
 class _Pause:
-    """`tool` is what the turn before called (`NO_TOOL`: none)."""
+    """`tool` is what the turn before called (`NO_TOOL`: none). `is_whole`: its answer was not broken off. With
+    `length_s` it is over: the next turn has come, but none was taken yet."""
 
     began_s: float
     tool: str
     predicted: PausePrediction
+    is_whole: bool
+    length_s: float | None = None
 
 
 @dataclass(slots=True)
@@ -145,8 +149,7 @@ class Sessions:
             parent.member.adopt(session.member)
             # While its children go on, a session that waits for them is not idle.
             self._touch(hints.parent, parent, now_s)
-        is_again = not session.is_named and tokens == session.prompt.tokens
-        self._end_pause(session, hints, now_s, is_again)
+        self._end_pause(session, hints, now_s, is_again=tokens == session.prompt.tokens)
         session.prompt = Prompt(tokens, hashes, block_size_tokens, salt)
         session.num_prompt_tokens = len(token_ids)
         self._prompts.use(name, session.tenant, session.num_prompt_tokens)
@@ -166,6 +169,9 @@ class Sessions:
         session = self._sessions.get(name) if name is not None else None
         if session is None:
             return
+        if (pause := session.pause) and pause.length_s is not None:
+            session.pause = None
+            self.pauses.returned(session.tenant, session.agent, pause.tool, pause.length_s, pause.predicted)
         session.num_turns += 1
         session.prefill = placement.prefill or session.prefill
         session.decode = placement.decode
@@ -204,7 +210,7 @@ class Sessions:
         if session.num_running:
             return
         predicted = self.pauses.predict(session.tenant, session.agent, tool or NO_TOOL)
-        session.pause = _Pause(now_s, tool or NO_TOOL, predicted)
+        session.pause = _Pause(now_s, tool or NO_TOOL, predicted, is_whole)
         session.member.waits = tool is not None
         session.return_probability = predicted.return_probability
         self._promise(session, session.num_prompt_tokens + len(written))
@@ -224,6 +230,14 @@ class Sessions:
         session.num_running = max(session.num_running - 1, 0)
         if not session.num_turns and not session.num_running:
             self._forget(name, now_s)
+
+    def refused(self, hints: Hints, now_s: float) -> None:
+        """A turn was refused before its prompt was looked at: its session has come back all the same."""
+        session = self._sessions.get(hints.session) if hints.session is not None else None
+        if hints.session is None or session is None:
+            return
+        self._touch(hints.session, session, now_s)
+        self._end_pause(session, hints, now_s)
 
     # -- inside
 
@@ -250,17 +264,20 @@ class Sessions:
         self._sessions.move_to_end(name)
         self._by_use.use(name, session.tenant)
 
-    def _end_pause(self, session: _Session, hints: Hints, now_s: float, is_again: bool) -> None:
+    def _end_pause(self, session: _Session, hints: Hints, now_s: float, *, is_again: bool = False) -> None:
+        """The next turn has come. How long the pause was is learnt when one is taken: one that is refused and comes
+        again makes it no longer, and of one that never is taken nothing is known. `is_again`: its prompt is the last
+        one."""
         session.member.waits = False
-        pause, session.pause = session.pause, None
-        if pause is None:
+        pause = session.pause
+        if pause is None or pause.length_s is not None:
             return
-        pause_s = max(now_s - pause.began_s, 0.0)
-        session.member.trajectory.paused_s += pause_s
-        if not is_again:
-            self.pauses.returned(
-                session.tenant, session.agent, pause.tool or hints.tool or NO_TOOL, pause_s, pause.predicted
-            )
+        if hints.is_retry or (is_again and not (session.is_named and pause.is_whole)):
+            # It has come before, and nobody knows when.
+            session.pause = None
+            return
+        length_s = max(now_s - pause.began_s, 0.0)
+        session.pause = dataclasses.replace(pause, tool=pause.tool or hints.tool or NO_TOOL, length_s=length_s)
 
     def _view(self, session: _Session, output_tokens: int | None) -> SessionView:
         member = session.member
@@ -347,7 +364,7 @@ class Sessions:
         self._set_tips(name, session, [])
         self._beginnings.replace(session.mark, [], name)
         session.member.leave()
-        if pause := session.pause:
+        if (pause := session.pause) and pause.length_s is None:
             waited_s = now_s - pause.began_s
             if waited_s > self.pauses.idle_s:
                 self.pauses.gone(session.tenant, session.agent, pause.tool, pause.predicted)

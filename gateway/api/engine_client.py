@@ -118,6 +118,7 @@ class ClusterCoreClient(EngineCoreClient):
         )
         try:
             if http and not group.sequences and (refused := http.take_prompt(group.num_choices)):
+                self._orchestrator.refused(group)
                 raise PlacementRejected(refused)
             self._orchestrator.add(sequence, group)
         except PlacementRejected as error:

@@ -32,6 +32,9 @@ PARENT_HEADERS = (
     "x-baton-parent-session", "x-parent-session-id", "x-dynamo-parent-session-id", "x-codex-parent-thread-id",
 )  # fmt: skip
 
+RETRY_HEADER = "x-stainless-retry-count"
+"""OpenAI's and Anthropic's clients count in it how often they have sent the request before."""
+
 SESSION_BYTES = 16
 MAX_DEADLINE_MS = 3_600_000
 MAX_OUTPUT_TOKENS = 1_000_000
@@ -87,6 +90,7 @@ def read_hints(headers: Mapping[str, str], path: str = "", body: Mapping[str, An
         tool=headers.get(TOOL_HEADER) or tools.answered(path, body),
         agent=headers.get(AGENT_HEADER) or _product(headers.get("user-agent", "")),
         is_last=_is_last(headers, agentic),
+        is_retry=(_number(headers.get(RETRY_HEADER)) or 0) > 0,
     )
 
 

@@ -40,8 +40,9 @@ class Hints:
     counted from the HTTP request's arrival; None: the configuration's. `session`: which conversation it is a turn of,
     a name made from what the client calls it; None: it does not say. `parent`: the session that has started this one,
     named in the same way. `output_tokens`: how long the answer is expected to be. `tool`: the tool whose result this
-    turn brings. `agent`: the program that calls. `is_last`: the session ends with this turn. `tenant`: whose key it
-    came with; None: keys are not asked for. `capped` says in words what of its claims the tenant's limits have changed.
+    turn brings. `agent`: the program that calls. `is_last`: the session ends with this turn. `is_retry`: it was sent
+    before, and refused or lost. `tenant`: whose key it came with; None: keys are not asked for. `capped` says in words
+    what of its claims the tenant's limits have changed.
     """
 
     priority: Priority = Priority.NORMAL
@@ -52,6 +53,7 @@ class Hints:
     tool: str | None = None
     agent: str | None = None
     is_last: bool = False
+    is_retry: bool = False
     tenant: str | None = None
     capped: tuple[str, ...] = ()
 

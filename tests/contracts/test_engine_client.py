@@ -21,8 +21,8 @@ class Recorder:
 
     def __init__(self) -> None:
         self.added: list[SequenceRequest] = []
-
         self.hints: list[Hints] = []
+        self.refused_hints: list[Hints] = []
 
     def new_group(self, receipt_id: str, num_choices: int, received_s: float | None, hints: Hints | None) -> Group:
         return Group(receipt_id, num_choices, 0.0, hints or Hints())
@@ -33,6 +33,9 @@ class Recorder:
     def add(self, request: SequenceRequest, group: Group) -> None:
         self.added.append(request)
         self.hints.append(group.hints)
+
+    def refused(self, group: Group) -> None:
+        self.refused_hints.append(group.hints)
 
 
 def core_request(params: SamplingParams) -> EngineCoreRequest:
@@ -87,9 +90,9 @@ def test_nothing_of_the_client_reaches_the_kv_transfer_layer() -> None:
 ALICE = Tenant("alice", (), max_concurrent_requests=2)
 
 
-async def asked(entry: Entry | None, num_choices: int = 1) -> Recorder:
+async def asked(entry: Entry | None, num_choices: int = 1, recorder: Recorder | None = None) -> Recorder:
     """What the orchestrator is asked for by a request of a tenant, or of nobody in particular."""
-    recorder = Recorder()
+    recorder = recorder or Recorder()
     client = ClusterCoreClient(cast(Orchestrator, recorder))
     http = context.RequestContext("r", 0.0, Hints(Priority.HIGH, session="s"), entry=entry)
     token = context.current.set(http)
@@ -115,8 +118,10 @@ def test_without_tenants_there_is_no_salt_and_hints_are_as_they_were() -> None:
     assert recorder.hints == [Hints(Priority.HIGH, session="s")]
 
 
-def test_more_choices_than_the_tenant_may_have_reach_nobody() -> None:
-    entry = Limiter().enter(ALICE)
+def test_more_choices_than_the_tenant_may_have_reach_nobody_but_the_session_is_back() -> None:
+    recorder, entry = Recorder(), Limiter().enter(ALICE)
     assert isinstance(entry, Entry)
     with pytest.raises(GracefulHTTPError, match=r"tenant alice may have 2 requests at once here.* this is 2 more"):
-        asyncio.run(asked(entry, num_choices=3))
+        asyncio.run(asked(entry, num_choices=3, recorder=recorder))
+    assert recorder.added == []
+    assert recorder.refused_hints == [ALICE.cap(Hints(Priority.HIGH, session="s"))]

@@ -162,6 +162,14 @@ def test_a_client_says_that_a_session_ends(headers: dict[str, str], body: dict[s
 
 
 @pytest.mark.parametrize(
+    ("value", "is_retry"), [("0", False), ("1", True), ("12", True), ("-1", False), ("", False), ("again", False)]
+)
+def test_a_client_says_that_it_sends_a_request_again(value: str, is_retry: bool) -> None:
+    assert hints({"x-stainless-retry-count": value}).is_retry is is_retry
+    assert not hints({}).is_retry
+
+
+@pytest.mark.parametrize(
     ("headers", "agent"),
     [
         ({}, None),

@@ -19,6 +19,7 @@ from engine.protocol import (
     PrefillFacts,
     WorkerReport,
 )
+from gateway.agents.pauses import PauseModel
 from gateway.cluster import TRUSTED_AFTER_TOKENS
 from gateway.orchestrator import PlacementRejected
 from gateway.routing.admission import AdmissionConfig, admit
@@ -1250,6 +1251,32 @@ def test_a_turn_ends_when_the_response_is_over_and_the_pause_is_learnt() -> None
                 await asyncio.sleep(2.0)
             assert rig.receipt("t2").request.session is not None
             assert rig.orchestrator.learnt.num_sessions == 1
+
+    simulate(main)
+
+
+@pytest.mark.parametrize("refused_by", ["gateway", "tenant"])
+def test_a_pause_ends_when_the_next_turn_came_though_it_was_refused(refused_by: str) -> None:
+    async def main() -> None:
+        async with Rig(max_in_flight_requests=1) as rig:
+            hints = Hints(session="s", agent="a", tool="search")
+            await rig.finished(rig.add(PROMPT, group=rig.orchestrator.new_group("t0", 1, hints=hints)))
+            await asyncio.sleep(2.0)
+            refused = rig.orchestrator.new_group("refused", 1, hints=hints)
+            if refused_by == "tenant":
+                rig.orchestrator.refused(refused)
+            else:
+                other = rig.add(OTHER_PROMPT)
+                with pytest.raises(PlacementRejected, match="1 sequences"):
+                    rig.add(PROMPT, group=refused)
+                await rig.finished(other)
+            await asyncio.sleep(500.0)
+            assert rig.orchestrator.learnt.pauses.num_returned == 0
+            await rig.finished(rig.add(PROMPT, group=rig.orchestrator.new_group("t1", 1, hints=hints)))
+            assert rig.orchestrator.learnt.pauses.num_returned == 1
+            learnt, expected = rig.orchestrator._sessions.pauses, PauseModel()
+            expected.returned(None, "a", "search", 2.0)
+            assert learnt.predict(None, "a", "search") == expected.predict(None, "a", "search")
 
     simulate(main)
 

@@ -306,7 +306,7 @@ def test_pauses_are_learnt_for_the_tool_that_was_called_and_predictions_are_scor
     for number in range(20):
         tool, pause_s = ("fast", 0.01) if number % 2 else ("slow", 50.0)
         turns.turn(hints=NAMED, pause_s=pause_s, tool=tool)
-    turns.arrive(hints=NAMED)
+    turns.begin(hints=NAMED)
     model = turns.sessions.pauses
     assert model.calibration.num_returned == 20
     assert model.predict(None, None, "fast").median_s < 0.1 < 10 < model.predict(None, None, "slow").median_s
@@ -315,7 +315,7 @@ def test_pauses_are_learnt_for_the_tool_that_was_called_and_predictions_are_scor
 def test_where_the_answer_names_no_tool_the_next_request_may() -> None:
     turns = Turns()
     turns.turn(hints=NAMED, tool=None, pause_s=50.0)
-    turns.arrive(hints=Hints(session="s", tool="look"))
+    turns.begin(hints=Hints(session="s", tool="look"))
     assert turns.sessions.pauses.predict(None, None, "look").num_seen == pytest.approx(1.0)
 
 
@@ -456,10 +456,67 @@ def test_a_refused_turn_leaves_nothing_of_a_new_session_and_a_known_one_as_it_wa
     kept = turns.sessions.promised_tokens("d")
     turns.sessions.dropped(turns.arrive(hints=NAMED).name, turns.now_s)
     assert (len(turns.sessions), turns.sessions.promised_tokens("d")) == (1, kept)
-    turns.now_s += 50
-    turns.arrive(hints=NAMED)
-    # It came back once; the time until it tried again is no pause.
+
+
+@pytest.mark.parametrize(
+    ("hints", "is_looked_at"),
+    [(NAMED, True), (Hints(), True), (NAMED, False)],
+    ids=["named", "recognised", "named-and-refused-before-its-prompt-was-looked-at"],
+)
+def test_a_pause_lasts_until_the_first_try_of_the_turn_that_is_taken_in_the_end(
+    hints: Hints, is_looked_at: bool
+) -> None:
+    turns, expected = Turns(), PauseModel(IDLE_S)
+    turns.turn(hints=hints, pause_s=5.0)
+    for _ in range(3):
+        if is_looked_at:
+            turns.sessions.dropped(turns.arrive([*PROMPT, *ANSWER, 7], hints).name, turns.now_s)
+        else:
+            turns.sessions.refused(hints, turns.now_s)
+        assert turns.sessions.pauses.predict(None, None, "look").num_seen == 0, "no turn was taken"
+        turns.now_s += 20.0
+    turns.turn([*PROMPT, *ANSWER, 7], hints)
+    expected.returned(None, None, "look", 5.0)
+    assert turns.sessions.pauses.predict(None, None, "look") == expected.predict(None, None, "look")
     assert turns.sessions.pauses.calibration.num_returned == 1
+
+
+def test_of_a_turn_that_is_never_taken_nothing_is_learnt() -> None:
+    turns = Turns()
+    turns.turn(hints=NAMED)
+    turns.sessions.dropped(turns.arrive(hints=NAMED).name, turns.now_s)
+    turns.now_s += IDLE_S + 1
+    turns.begin(hints=Hints(session="other"))
+    assert turns.sessions.view("s") == SessionView()
+    assert turns.sessions.pauses.predict(None, None, "look") == PauseModel(IDLE_S).predict(None, None, "look")
+
+
+def test_a_turn_that_its_client_sends_again_ends_no_pause_as_nobody_knows_when_it_came_first() -> None:
+    turns = Turns()
+    turns.turn(hints=NAMED, pause_s=50.0)
+    turns.turn(hints=Hints(session="s", is_retry=True), pause_s=5.0)
+    assert turns.sessions.pauses.predict(None, None, None).num_seen == 0
+    turns.begin(hints=NAMED)
+    assert turns.sessions.pauses.calibration.num_returned == 1, "the next one is a turn like any other"
+
+
+@pytest.mark.parametrize(
+    ("is_whole", "prompt", "num_learnt"), [(False, PROMPT, 0), (False, PROMPT[:-1], 1), (True, PROMPT, 1)]
+)
+def test_a_broken_off_turn_that_comes_again_ends_no_pause(is_whole: bool, prompt: list[int], num_learnt: int) -> None:
+    turns = Turns()
+    turns.begin(hints=NAMED)
+    turns.sessions.ended("s", turns.now_s, [], 1.0, None, is_whole=is_whole)
+    turns.now_s += 0.5
+    turns.begin(prompt, NAMED)
+    assert turns.sessions.pauses.calibration.num_returned == num_learnt
+
+
+def test_a_refusal_of_a_session_that_is_not_known_leaves_nothing() -> None:
+    turns = Turns()
+    turns.sessions.refused(NAMED, turns.now_s)
+    turns.sessions.refused(Hints(), turns.now_s)
+    assert len(turns.sessions) == 0
 
 
 # -- bounds

@@ -56,6 +56,10 @@ class Machine(RuleBasedStateMachine):
     def dropped(self, turn):
         self.sessions.dropped(turn[0], self.now_s)
 
+    @rule(name=names, tenant=st.sampled_from([None, "s"]))
+    def refused(self, name, tenant):
+        self.sessions.refused(Hints(session=name and f"{tenant}-{name}", tenant=tenant), self.now_s)
+
     @rule(passed_s=st.sampled_from([0.1, 10.0, IDLE_S + 1]))
     def time_passes(self, passed_s):
         self.now_s += passed_s
