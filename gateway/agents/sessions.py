@@ -147,8 +147,9 @@ class Sessions:
         session.agent = hints.agent or session.agent
         if hints.parent is not None and (parent := self._sessions.get(hints.parent)):
             parent.member.adopt(session.member)
-            # While its children go on, a session that waits for them is not idle.
-            self._touch(hints.parent, parent, now_s)
+        for ancestor in session.member.waiting():
+            # While those that it waits for go on, a session is not idle.
+            self._touch(ancestor.name, self._sessions[ancestor.name], now_s)
         self._end_pause(session, hints, now_s, is_again=tokens == session.prompt.tokens)
         session.prompt = Prompt(tokens, hashes, block_size_tokens, salt)
         session.num_prompt_tokens = len(token_ids)
@@ -256,7 +257,7 @@ class Sessions:
         return f"{name}-{self._num_unnamed}"
 
     def _new(self, name: str, tenant: str | None) -> _Session:
-        session = self._sessions[name] = _Session(tenant)
+        session = self._sessions[name] = _Session(tenant, member=Member(name))
         return session
 
     def _touch(self, name: str, session: _Session, now_s: float) -> None:

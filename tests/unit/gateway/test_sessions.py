@@ -416,6 +416,75 @@ def test_a_root_keeps_its_trajectory_when_the_session_between_it_and_another_is_
     )
 
 
+def urgency(view: SessionView) -> tuple[Priority | None, float | None]:
+    return view.inherited_priority, view.inherited_deadline_s
+
+
+def test_a_child_of_an_unknown_session_is_a_root_until_that_one_is_known() -> None:
+    turns = Turns()
+    turns.turn(hints=CHILD)
+    orphan = turns.view(hints=CHILD)
+    turns.end("child")
+    assert (urgency(orphan), orphan.attained_s) == ((None, None), 1.0)
+    turns.turn(hints=PARENT)
+    child = turns.view(hints=CHILD)
+    assert (urgency(child), child.attained_s) == ((Priority.HIGH, 2.5), 3.0)
+
+
+def forget(turns: Turns, name: str) -> None:
+    """As if it were the one to make room."""
+    turns.sessions._forget(name, turns.now_s)
+
+
+def test_children_of_a_forgotten_session_inherit_nothing_and_keep_what_the_trajectory_has_used() -> None:
+    turns = Turns()
+    for hints in (PARENT, CHILD, GRANDCHILD):
+        turns.turn(hints=hints)
+    forget(turns, "parent")
+    grandchild = turns.view(hints=GRANDCHILD)
+    assert (urgency(grandchild), grandchild.attained_s) == ((Priority.LOW, None), 3.0), (
+        "the child's, which waits for it"
+    )
+    child = turns.view(hints=CHILD)
+    assert (urgency(child), child.attained_s) == ((None, None), 3.0)
+
+
+def test_a_parent_that_comes_back_after_it_was_forgotten_takes_its_place_again() -> None:
+    turns = Turns()
+    for hints in (PARENT, CHILD, GRANDCHILD, Hints(session="sibling", parent="parent")):
+        turns.turn(hints=hints)
+    forget(turns, "parent")
+    turns.turn(hints=PARENT)
+    assert turns.sessions.view("parent").attained_s == 1.0, "whose it was is not known until one says so"
+    for name in ("child", "sibling"):
+        assert urgency(turns.view(hints=Hints(session=name, parent="parent"))) == (Priority.HIGH, 2.5), name
+        turns.end(name)
+    view = turns.view(hints=GRANDCHILD)
+    assert (urgency(view), view.attained_s) == ((Priority.HIGH, 2.5), 7.0)
+    assert turns.sessions.view("parent").attained_s == 7.0
+
+
+def test_a_forgotten_session_s_children_move_to_no_other_trajectory_and_under_no_descendant() -> None:
+    turns = Turns()
+    for hints in (PARENT, CHILD, GRANDCHILD, Hints(session="other"), Hints(session="of-other", parent="other")):
+        turns.turn(hints=hints)
+    forget(turns, "parent")
+    for parent in ("other", "grandchild"):
+        assert urgency(turns.view(hints=Hints(session="child", parent=parent))) == (None, None), parent
+        turns.end("child", service_s=0.0)
+    assert turns.sessions.view("other").attained_s == 2.0
+    assert turns.sessions.view("child").attained_s == 3.0
+
+
+def test_nobody_that_waits_is_idle_while_those_below_go_on() -> None:
+    turns = Turns()
+    for hints in (PARENT, CHILD):
+        turns.turn(hints=hints, pause_s=0.0)
+    for _ in range(3):
+        turns.turn(hints=GRANDCHILD, pause_s=0.6 * IDLE_S)
+    assert turns.view(hints=GRANDCHILD).inherited_priority is Priority.HIGH
+
+
 def test_depth_and_size_of_a_trajectory_are_bounded() -> None:
     turns = Turns(max_sessions=3000)
     names = [f"s{number}" for number in range(12)]

@@ -7,6 +7,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 from gateway.agents import recognition
 from gateway.agents.pauses import PauseModel
 from gateway.agents.sessions import Sessions
+from gateway.agents.trajectories import MAX_DEPTH
 from gateway.routing.types import Hints, Placement
 
 B = 4
@@ -94,9 +95,13 @@ class Machine(RuleBasedStateMachine):
     def trees_are_trees(self):
         members = {name: session.member for name, session in self.sessions._sessions.items()}
         for member in members.values():
-            assert len(list(member.waiting())) <= 8
+            assert len(list(member.waiting())) <= MAX_DEPTH
             of_trajectory = [other for other in members.values() if other.trajectory is member.trajectory]
             assert member.trajectory.num_sessions == len(of_trajectory)
+            parent = member.parent
+            if parent is not None and parent.is_known:
+                assert parent in of_trajectory
+                assert parent.depth < member.depth <= MAX_DEPTH
 
     def teardown(self):
         recognition.CHECKPOINT_TOKENS = self.checkpoint_tokens
