@@ -161,7 +161,7 @@ class Sessions:
         session.is_last = hints.is_last
         session.member.priority, session.member.ttft_deadline_s = hints.priority, hints.ttft_deadline_s
         view = self._view(session, hints.output_tokens)
-        session.return_probability = view.return_probability
+        session.return_probability = self.pauses.predict(session.tenant, session.agent, None).return_probability
         self._make_room()
         return Arrival(name, hashes, view)
 
@@ -176,7 +176,6 @@ class Sessions:
         session.num_turns += 1
         session.prefill = placement.prefill or session.prefill
         session.decode = placement.decode
-        session.member.trajectory.num_turns += 1
         self._promise(session, session.num_prompt_tokens)
         session.promised_until_s = math.inf
 
@@ -197,10 +196,7 @@ class Sessions:
             return
         self._touch(name, session, now_s)
         session.num_running = max(session.num_running - 1, 0)
-        trajectory = session.member.trajectory
-        trajectory.read_tokens += session.num_prompt_tokens
-        trajectory.written_tokens += len(written)
-        trajectory.attained_s += service_s
+        session.member.trajectory.attained_s += service_s
         if is_whole:
             session.output_tokens = running_mean(session.output_tokens, len(written))
             self._answers.learn(session.tenant, session.agent, len(written))
@@ -281,28 +277,20 @@ class Sessions:
         session.pause = dataclasses.replace(pause, tool=pause.tool or hints.tool or NO_TOOL, length_s=length_s)
 
     def _view(self, session: _Session, output_tokens: int | None) -> SessionView:
-        member = session.member
-        priority, deadline_s = member.inherited()
+        priority, deadline_s = session.member.inherited()
         expected: float | None = output_tokens
         if expected is None:
             expected = session.output_tokens
         if expected is None:
             expected = self._answers.expected_tokens(session.tenant, session.agent)
-        predicted = None if session.is_last else self.pauses.predict(session.tenant, session.agent, None)
         return SessionView(
             num_turns=session.num_turns,
             prefill=session.prefill,
             decode=session.decode,
-            trajectory_turns=member.trajectory.num_turns,
-            attained_s=member.trajectory.attained_s,
-            is_child=member.depth > 0,
-            parent_waits=member.parent is not None and member.parent.waits,
+            attained_s=session.member.trajectory.attained_s,
             inherited_priority=priority,
             inherited_deadline_s=deadline_s,
             output_tokens=expected,
-            pause_s=predicted.median_s if predicted else None,
-            pause_p90_s=predicted.p90_s if predicted else None,
-            return_probability=predicted.return_probability if predicted else 0.0,
         )
 
     def _promise(self, session: _Session, num_tokens: int) -> None:

@@ -12,19 +12,13 @@ MAX_SESSIONS = 1000
 
 @dataclass(slots=True)
 class Trajectory:
-    """What all sessions of one root have used so far. `attained_s` is time on engines."""
+    """The sessions of one root that are known, and the time on engines that all, the forgotten too, have taken."""
 
     num_sessions: int = 0
-    num_turns: int = 0
-    read_tokens: int = 0
-    written_tokens: int = 0
     attained_s: float = 0.0
 
     def add(self, other: "Trajectory") -> None:
         self.num_sessions += other.num_sessions
-        self.num_turns += other.num_turns
-        self.read_tokens += other.read_tokens
-        self.written_tokens += other.written_tokens
         self.attained_s += other.attained_s
 
 

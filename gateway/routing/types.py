@@ -61,29 +61,20 @@ class Hints:
 @dataclass(frozen=True, slots=True)
 class SessionView:
     """A session before the turn that is placed: how many turns this gateway has placed, and where the last one went.
-    `prefill` is where a turn was last prefilled remotely.
-
-    `trajectory_turns` and `attained_s`, the engine time they took, are of all sessions of its trajectory. `is_child`:
-    another session has started it; `parent_waits`: and its last turn called a tool that has not answered yet. Then
-    `inherited_priority` and `inherited_deadline_s` are the most urgent of all ancestors that wait in turn (the deadline
-    counts from the arrival, as `Hints.ttft_deadline_s` does). `output_tokens`: how long its answers are on average, or
-    its agent's. The rest is predicted of the pause after this turn: how long it will be if the session comes back
-    (median and 90th percentile), and the probability that it does.
+    `prefill` is where a turn was last prefilled remotely. `attained_s`: the engine time that all sessions of its
+    trajectory have taken. `inherited_priority` and `inherited_deadline_s` are the most urgent of all ancestors that
+    wait for it, each for the next: their last turns have called a tool that has not answered yet (the deadline counts
+    from the arrival, as `Hints.ttft_deadline_s` does). `output_tokens`: how long its answers are on average, or its
+    agent's.
     """
 
     num_turns: int = 0
     prefill: str | None = None
     decode: str | None = None
-    trajectory_turns: int = 0
     attained_s: float = 0.0
-    is_child: bool = False
-    parent_waits: bool = False
     inherited_priority: Priority | None = None
     inherited_deadline_s: float | None = None
     output_tokens: float | None = None
-    pause_s: float | None = None
-    pause_p90_s: float | None = None
-    return_probability: float = 0.0
 
 
 class ReplicaView(msgspec.Struct, frozen=True):

@@ -70,9 +70,7 @@ def test_with_the_same_slack_less_attained_service_goes_first() -> None:
 def test_a_session_that_its_parent_waits_for_is_as_urgent_as_the_parent() -> None:
     parent = with_hints(Priority.HIGH, deadline_s=2.0)
     child = with_hints(Priority.LOW)
-    heir = replace(
-        child, session=SessionView(is_child=True, inherited_priority=Priority.HIGH, inherited_deadline_s=2.0)
-    )
+    heir = replace(child, session=SessionView(inherited_priority=Priority.HIGH, inherited_deadline_s=2.0))
     assert rank_ms(heir, 0.0, 0.5) == rank_ms(parent, 0.0, 0.5) < rank_ms(child, 0.0, 0.5)
     proud = replace(parent, session=SessionView(inherited_priority=Priority.LOW, inherited_deadline_s=60.0))
     assert rank_ms(proud, 0.0, 0.5) == rank_ms(parent, 0.0, 0.5), "nobody inherits less than it has"

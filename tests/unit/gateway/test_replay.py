@@ -132,6 +132,18 @@ def test_a_pool_that_is_none_makes_its_line_no_receipt(pool: object) -> None:
         receipt_lines.decode(json.dumps(line).encode())
 
 
+def test_what_an_older_version_has_written_is_read_and_replayed(tmp_path: Path) -> None:
+    kept = receipt(policy="session-affinity")
+    data = json.loads(msgspec.json.encode(kept))
+    gone = {"trajectory_turns": 9, "is_child": True, "parent_waits": True, "pause_s": 0.5, "pause_p90_s": 8.0}
+    data["request"]["session"] |= gone | {"return_probability": 0.9}
+    del data["request"]["hints"]["is_retry"]
+    (tmp_path / "old.jsonl").write_text(json.dumps(data) + "\n")
+    receipts = list(read(tmp_path / "old.jsonl"))
+    assert receipts == [kept]
+    assert replay(receipts).num_same == 1
+
+
 def test_files_are_bounded_and_the_last_receipts_are_kept(tmp_path: Path) -> None:
     file = tmp_path / "gateway.jsonl"
     written(file, *(receipt(f"r{number}") for number in range(100)), max_bytes=10_000)

@@ -55,6 +55,10 @@ class Turns:
         self.now_s += pause_s
         return name
 
+    def is_child(self, name: str | None) -> bool:
+        assert name is not None
+        return self.sessions._sessions[name].member.depth > 0
+
     def view(self, prompt: list[int] = PROMPT, hints: Hints | None = None) -> SessionView:
         view = self.arrive(prompt, hints).view
         assert view is not None
@@ -211,7 +215,8 @@ def test_of_a_forked_conversation_the_first_goes_on_and_the_second_is_new() -> N
     first, second = turns.begin(left), turns.begin(right)
     assert first.name == name != second.name
     assert second.view is not None
-    assert (second.view.num_turns, second.view.is_child) == (0, False)
+    assert second.view.num_turns == 0
+    assert not turns.is_child(second.name)
     turns.end(first.name)
     turns.end(second.name)
     assert turns.turn([*right, *ANSWER, 7]) == second.name
@@ -249,19 +254,15 @@ def test_many_alike_at_once_are_many_sessions_in_bounded_time() -> None:
 # -- what is expected
 
 
-def test_a_view_tells_of_turns_service_answers_and_the_next_pause() -> None:
+def test_a_view_tells_of_turns_service_and_answers() -> None:
     turns = Turns()
     assert turns.view(hints=NAMED).num_turns == 0
     turns.end("s", [], tool=None)
     for _ in range(30):
-        turns.turn(hints=NAMED, pause_s=20.0)
+        turns.turn(hints=NAMED)
     view = turns.view(hints=NAMED)
-    assert (view.num_turns, view.trajectory_turns, view.attained_s) == (30, 30, 31.0)
+    assert (view.num_turns, view.attained_s) == (30, 31.0)
     assert view.output_tokens == pytest.approx(len(ANSWER), abs=1)
-    assert view.pause_s == pytest.approx(20.0, rel=0.3)
-    assert view.pause_p90_s is not None
-    assert view.pause_s <= view.pause_p90_s <= 30.0
-    assert view.return_probability > 0.9
     assert turns.view(hints=Hints(session="s", output_tokens=77)).output_tokens == 77
 
 
@@ -346,16 +347,17 @@ def test_a_child_s_trajectory_is_its_parent_s() -> None:
     turns.turn(hints=PARENT)
     turns.turn(hints=CHILD)
     view = turns.view(hints=GRANDCHILD)
-    assert (view.num_turns, view.trajectory_turns, view.attained_s, view.is_child) == (0, 2, 2.0, True)
-    assert turns.view(hints=PARENT).trajectory_turns == 2
-    assert turns.view(hints=Hints(session="other")).trajectory_turns == 0
+    assert (view.num_turns, view.attained_s) == (0, 2.0)
+    assert turns.is_child("grandchild")
+    assert turns.view(hints=PARENT).attained_s == 2.0
+    assert turns.view(hints=Hints(session="other")).attained_s == 0.0
 
 
 def test_a_child_inherits_the_urgency_of_those_that_wait_for_it() -> None:
     turns = Turns()
     turns.turn(hints=PARENT)
     child = turns.view(hints=CHILD)
-    assert (child.parent_waits, child.inherited_priority, child.inherited_deadline_s) == (True, Priority.HIGH, 2.5)
+    assert (child.inherited_priority, child.inherited_deadline_s) == (Priority.HIGH, 2.5)
     turns.end("child")
     grandchild = turns.view(hints=GRANDCHILD)
     assert (grandchild.inherited_priority, grandchild.inherited_deadline_s) == (Priority.HIGH, 2.5)
@@ -368,7 +370,7 @@ def test_a_parent_that_goes_on_or_answers_a_person_does_not_wait() -> None:
         if goes_on:
             turns.begin(hints=PARENT)
         child = turns.view(hints=CHILD)
-        assert (child.is_child, child.parent_waits) == (True, False)
+        assert turns.is_child("child")
         assert (child.inherited_priority, child.inherited_deadline_s) == (None, None)
 
 
@@ -382,8 +384,10 @@ def test_a_parent_is_not_idle_while_its_children_go_on() -> None:
 
 def test_a_parent_that_is_unknown_or_the_session_itself_is_ignored() -> None:
     turns = Turns()
-    assert not turns.view(hints=CHILD).is_child
-    assert not turns.view(hints=Hints(session="s", parent="s")).is_child
+    turns.arrive(hints=CHILD)
+    turns.arrive(hints=Hints(session="s", parent="s"))
+    assert not turns.is_child("child")
+    assert not turns.is_child("s")
     assert len(turns.sessions) == 2
 
 
@@ -391,15 +395,16 @@ def test_sessions_that_call_each_other_parent_make_no_circle() -> None:
     turns = Turns()
     for name, parent in (("a", "b"), ("b", "a"), ("a", "b"), ("c", "b"), ("a", "c")):
         turns.turn(hints=Hints(session=name, parent=parent))
-    assert [turns.view(hints=Hints(session=name)).is_child for name in ("a", "b", "c")] == [False, True, True]
-    assert turns.view(hints=Hints(session="a")).trajectory_turns == 5
+    assert [turns.is_child(name) for name in ("a", "b", "c")] == [False, True, True]
+    assert turns.view(hints=Hints(session="a")).attained_s == 5.0
 
 
 def test_a_forgotten_session_s_descendants_make_no_circle_either() -> None:
     turns = Turns(max_sessions=3)
     for name, parent in (("a", None), ("b", "a"), ("c", "b"), ("a", None), ("c", None), ("x", None)):
         turns.turn(hints=Hints(session=name, parent=parent))
-    assert turns.view(hints=Hints(session="a", parent="c")).is_child is False
+    turns.arrive(hints=Hints(session="a", parent="c"))
+    assert not turns.is_child("a")
 
 
 def test_a_root_keeps_its_trajectory_when_the_session_between_it_and_another_is_forgotten() -> None:
@@ -410,10 +415,9 @@ def test_a_root_keeps_its_trajectory_when_the_session_between_it_and_another_is_
     turns.turn(hints=Hints(session="y"))
     # b is gone; a and c still share what they use, so a cannot move into x's trajectory.
     assert turns.sessions.view("b") == SessionView()
-    assert not turns.view(hints=Hints(session="a", parent="x")).is_child
-    assert (
-        turns.view(hints=Hints(session="c")).trajectory_turns == turns.view(hints=Hints(session="a")).trajectory_turns
-    )
+    turns.arrive(hints=Hints(session="a", parent="x"))
+    assert not turns.is_child("a")
+    assert turns.view(hints=Hints(session="c")).attained_s == turns.view(hints=Hints(session="a")).attained_s
 
 
 def urgency(view: SessionView) -> tuple[Priority | None, float | None]:
@@ -491,11 +495,11 @@ def test_depth_and_size_of_a_trajectory_are_bounded() -> None:
     for name, parent in zip(names, [None, *names], strict=False):
         turns.turn(hints=Hints(session=name, parent=parent))
     # The ninth session is the eighth generation; the one after it begins anew.
-    assert [turns.view(hints=Hints(session=name)).is_child for name in names] == [False, *[True] * 8, False, True, True]
+    assert [turns.is_child(name) for name in names] == [False, *[True] * 8, False, True, True]
     turns.turn(hints=Hints(session="root"))
     for number in range(1100):
         turns.turn(hints=Hints(session=f"child{number}", parent="root"), pause_s=0.0)
-    assert turns.view(hints=Hints(session="root")).trajectory_turns == 1000
+    assert turns.view(hints=Hints(session="root")).attained_s == 1000.0
 
 
 # -- what is kept for those that come back
