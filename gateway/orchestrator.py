@@ -384,6 +384,7 @@ class Orchestrator:
             admission_config=self._config.admission,
             shadow=self._shadow_placement(view, snapshot, seed),
             predicted=prediction,
+            rank_ms=group.rank_ms,
         )
         self.receipts.put(group.receipt)
 

@@ -77,7 +77,9 @@ class Receipt:
     """One placement, replayable: `place(policy, request, snapshot, seed)` gives `placement` again, and
     `admit(request, placement, snapshot, admission_config)` gives `admission`. `later` are the placements that faults
     have made necessary. `shadow` is what the shadow policy would have decided from the same inputs; None if there is no
-    such policy, or it decided on nothing. `predicted` is to be held against `outcome`."""
+    such policy, or it decided on nothing. `predicted` is to be held against `outcome`. `rank_ms` is what engines take
+    waiting requests by, the lowest first (`gateway.routing.order`): milliseconds since the epoch, so beyond `created_s`
+    it is by how much others may come before this one. All its placements and choices have it; None: not recorded."""
 
     request_id: str
     created_s: float
@@ -92,6 +94,7 @@ class Receipt:
     later: tuple[Decision, ...] = ()
     shadow: Placement | None = None
     predicted: Prediction | None = None
+    rank_ms: int | None = None
 
     def as_json(self) -> dict[str, Any]:
         data = msgspec.to_builtins(self)

@@ -1,6 +1,8 @@
 """What a fault costs the client: nothing. Each row of the table of faults, on real workers and simulated engines."""
 
 import asyncio
+import itertools
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +13,7 @@ from gateway.lifecycle import FaultKind
 from gateway.routing.policies import least_tokens, place
 from gateway.transport import ReplicaGoneError
 from tests.unit.gateway.rig import OTHER_PROMPT, PROMPT, Answer, Rig, answer_to, until
+from tests.unit.simulated_config import CONFIG
 from tests.unit.virtual_time import now_s, simulate
 
 LENGTH = 60
@@ -104,10 +107,53 @@ def test_a_replayed_answer_starts_from_its_prompt() -> None:
     simulate(main)
 
 
+def in_turn() -> Callable[..., int]:
+    """Ranks that no two requests share, and none would get again."""
+    numbers = itertools.count(1)
+    return lambda *_: next(numbers)
+
+
+@pytest.mark.parametrize("resumable", [True, False], ids=["continued", "replayed"])
+def test_all_that_becomes_of_a_request_waits_by_the_rank_in_its_receipt(resumable: bool) -> None:
+    async def main() -> None:
+        async with Rig(decode=2, rank=in_turn()) as rig:
+            request_id = rig.add(PROMPT, LENGTH, resumable=resumable)
+            other_id = rig.add(OTHER_PROMPT, 1)
+            await until(lambda: len(rig.answers[request_id].token_ids) > 10, "some tokens")
+            rig.engines[decode_of(rig, request_id)].die()
+            await finishes_whole(rig, request_id)
+            assert (rig.receipt(request_id).rank_ms, rig.receipt(other_id).rank_ms) == (1, 2)
+            sent = [request for _, _, request in rig.transport.submitted if request.request_id.startswith(request_id)]
+            assert {(request.request_id, request.phase) for request in sent} == {
+                (name, phase) for name in (request_id, f"{request_id}~2") for phase in Phase
+            }
+            assert {request.priority for request in sent} == {1}
+
+    simulate(main)
+
+
+def test_an_answer_that_goes_on_elsewhere_is_before_those_that_came_after_it_and_wait_there() -> None:
+    async def main() -> None:
+        one_at_a_time = {f"decode-{number}": replace(CONFIG, max_num_seqs=1) for number in range(2)}
+        async with Rig(prefill=0, decode=2, engines=one_at_a_time, rank=in_turn()) as rig:
+            ids = [rig.add([number, *PROMPT], LENGTH, resumable=True) for number in range(6)]
+            await until(lambda: len(rig.answers[ids[0]].token_ids) > 10, "some tokens")
+            lost = decode_of(rig, ids[0])
+            survivor = next(rig.answers[one] for one in ids if decode_of(rig, one) != lost)
+            rig.engines[lost].die()
+            await rig.finished(ids[0], 600.0)
+            finished = [one for one in ids if rig.answers[one].finish_reason is not None]
+            assert len(finished) == 2, "the one that ran there, and this one"
+            assert survivor.finish_reason is not None
+            for number, one in enumerate(ids):
+                await rig.finished(one, 600.0)
+                assert rig.answers[one].token_ids == answer_to([number, *PROMPT], LENGTH)
+
+    simulate(main)
+
+
 def test_a_replay_that_differs_is_an_error_and_never_a_wrong_continuation() -> None:
     async def main() -> None:
-        from tests.unit.gateway.rig import CONFIG
-
         engines = {"decode-1": replace(CONFIG, seed=2), "decode-0": CONFIG}
         async with Rig(decode=2, engines=engines) as rig:
             request_id = rig.add(PROMPT, LENGTH)

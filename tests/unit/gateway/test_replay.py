@@ -137,7 +137,7 @@ def test_what_an_older_version_has_written_is_read_and_replayed(tmp_path: Path) 
     data = json.loads(msgspec.json.encode(kept))
     gone = {"trajectory_turns": 9, "is_child": True, "parent_waits": True, "pause_s": 0.5, "pause_p90_s": 8.0}
     data["request"]["session"] |= gone | {"return_probability": 0.9}
-    del data["request"]["hints"]["is_retry"]
+    del data["request"]["hints"]["is_retry"], data["rank_ms"]
     (tmp_path / "old.jsonl").write_text(json.dumps(data) + "\n")
     receipts = list(read(tmp_path / "old.jsonl"))
     assert receipts == [kept]
