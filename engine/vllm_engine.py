@@ -106,7 +106,10 @@ def environment(config: VllmEngineConfig, side_channel_port: int) -> dict[str, s
         if _runs_in_engine_core(config):
             env["GOMP_CPU_AFFINITY"] = " ".join(map(str, config.cpu_cores))
         else:
-            env["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, config.cpu_cores))
+            share = len(config.cpu_cores) // _num_ranks(config)
+            env["OMP_NUM_THREADS"] = str(share)
+            shares = (config.cpu_cores[start : start + share] for start in range(0, len(config.cpu_cores), share))
+            env["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, cores)) for cores in shares)
     if config.device == "cpu" and config.engine_args.get("enforce_eager"):
         # vLLM compiles a helper of logprobs all the same: the first request that asks for them waited 17 s for a C++
         # compiler, which the machine may not even have.
@@ -126,6 +129,10 @@ def engine_arguments(config: VllmEngineConfig) -> AsyncEngineArgs:
         "enable_prefix_caching": True,
         "kv_events_config": events_config(),
     }
+    if _num_ranks(config) > 1:
+        # By itself vLLM would take the replica's placement group for one of bundles with a GPU each, and start an actor
+        # in each of them.
+        arguments["distributed_executor_backend"] = "mp"
     if config.device == "cpu":
         arguments["worker_cls"] = CPU_WORKER
         if _runs_in_engine_core(config):
@@ -176,8 +183,12 @@ def _kv_role(config: VllmEngineConfig) -> str:
 
 def _runs_in_engine_core(config: VllmEngineConfig) -> bool:
     """Whether a CPU engine's model runs in its EngineCore process; several ranks need a process each."""
+    return _num_ranks(config) == 1
+
+
+def _num_ranks(config: VllmEngineConfig) -> int:
     arguments = config.engine_args
-    return arguments.get("tensor_parallel_size", 1) * arguments.get("pipeline_parallel_size", 1) == 1
+    return arguments.get("tensor_parallel_size", 1) * arguments.get("pipeline_parallel_size", 1)
 
 
 class VllmEngine:

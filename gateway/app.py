@@ -64,6 +64,9 @@ may be incomplete for long, and gateways that wait for the missing part could no
 RUNTIME_ENV = {"env_vars": {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}}
 START_RETRIES = 1
 
+ACCELERATOR_SHARE = 0.001
+"""Of a node's resource `accelerator_type:...`: what Ray asks of it for an actor with that accelerator type."""
+
 LIVE = set(PolicySettings.model_fields)
 """What of `routing` gateways are told by Serve's `user_config`: a change of it reaches replicas as they run, where one
 of their constructor's arguments would replace them (docs/adr/0016)."""
@@ -266,14 +269,35 @@ def _actor_options(num_cpus: float, label_selector: dict[str, str]) -> dict[str,
     return options
 
 
-def _deployment(deployment: Any, pool: PoolSettings, settings: Settings) -> Any:
-    make_router_config: Any = RequestRouterConfig  # its signature says that every argument is a dict
-    options = _actor_options(pool.num_cpus, pool.label_selector) | {"num_gpus": pool.gpus_per_replica}
+def placement(pool: PoolSettings) -> dict[str, Any]:
+    """Where Serve puts a replica of a pool: options of its deployment.
+
+    An engine of several ranks gets a placement group of one bundle: its GPUs are set aside together or not at all, on
+    one node, and its replica sees all of them. vLLM starts a process for each there (`engine.vllm_engine`).
+    """
+    is_one_rank = pool.ranks_per_replica == 1
+    options = _actor_options(pool.num_cpus, pool.label_selector if is_one_rank else {})
+    options["num_gpus"] = pool.gpus_per_replica
     if pool.accelerator_type:
         options["accelerator_type"] = pool.accelerator_type
+    if is_one_rank:
+        return {"ray_actor_options": options}
+    bundle = {"CPU": pool.num_cpus, "GPU": pool.gpus_per_replica}
+    if pool.accelerator_type:
+        bundle[f"accelerator_type:{pool.accelerator_type}"] = ACCELERATOR_SHARE
+    return {
+        "ray_actor_options": options,
+        "placement_group_bundles": [{resource: amount for resource, amount in bundle.items() if amount}],
+        "placement_group_strategy": "STRICT_PACK",
+        "placement_group_bundle_label_selector": [pool.label_selector],
+    }
+
+
+def _deployment(deployment: Any, pool: PoolSettings, settings: Settings) -> Any:
+    make_router_config: Any = RequestRouterConfig  # its signature says that every argument is a dict
     return deployment.options(
         **_number(pool.replicas, pool.most_replicas, settings),
-        ray_actor_options=options,
+        **placement(pool),
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         graceful_shutdown_timeout_s=settings.gateway.drain_timeout_s,
         graceful_shutdown_wait_loop_s=DRAIN_CHECK_S,
@@ -294,6 +318,7 @@ def engine_spec(settings: Settings, phase: Phase) -> EngineSpec:
         "tensor_parallel_size": engine.tensor_parallel_size,
         "pipeline_parallel_size": engine.pipeline_parallel_size,
         "enforce_eager": engine.enforce_eager,
+        "kv_cache_dtype": engine.kv_cache_dtype,
         # By `gateway.routing.order`.
         "scheduling_policy": "priority",
     }
@@ -304,6 +329,8 @@ def engine_spec(settings: Settings, phase: Phase) -> EngineSpec:
         "max_num_seqs": engine.max_num_seqs,
         "kv_cache_memory_bytes": int(engine.kv_cache_gib * 2**30) if engine.kv_cache_gib else None,
         "reasoning_parser": settings.model.reasoning_parser,
+        "quantization": engine.quantization,
+        "attention_backend": engine.attention_backend,
     }
     arguments |= {name: value for name, value in optional.items() if value is not None}
     return EngineSpec(

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 
+from gateway.pool_fit import head_problem
 from gateway.runtime import processes
 from gateway.runtime.environment import open_files_needed
 from gateway.runtime.local import StartError, base_dir, check_port
@@ -57,13 +58,15 @@ class Check:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """A model's folder. `context_tokens` None: its config does not say, or it is stretched by rope scaling."""
+    """A model's folder. `context_tokens` None: its config does not say, or it is stretched by rope scaling.
+    `num_kv_heads` None: it does not say, or the model keeps latent vectors of all heads (MLA)."""
 
     exists: bool
     has_config: bool = False
     has_tokenizer: bool = False
     has_weights: bool = False
     context_tokens: int | None = None
+    num_kv_heads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,7 @@ def check_configuration(facts: MachineFacts, settings: Settings) -> list[Check]:
         _check_shm(facts, settings),
         _check_open_files(facts, settings),
         *_check_model(facts, settings),
+        *_check_handoff(facts, settings),
         *_check_tenants(settings),
     ]
 
@@ -286,6 +290,39 @@ def _check_model(facts: MachineFacts, settings: Settings) -> list[Check]:
     return [Check("model", Outcome.OK, path)]
 
 
+def _check_handoff(facts: MachineFacts, settings: Settings) -> list[Check]:
+    """What settings alone cannot tell of two pools; they have been checked against each other already."""
+    prefill, decode = settings.pools.prefill, settings.pools.decode
+    if not prefill.replicas:
+        return []
+    checks: list[Check] = []
+    if facts.model is not None and facts.model.num_kv_heads is not None:
+        sizes = prefill.engine.tensor_parallel_size, decode.engine.tensor_parallel_size
+        if problem := head_problem(*sizes, facts.model.num_kv_heads):
+            checks.append(Check("hand-off", Outcome.FAIL, problem, "lower prefill's, or raise decode's"))
+    if prefill.accelerator_type != decode.accelerator_type and prefill.engine.attention_backend is None:
+        checks.append(
+            Check(
+                "hand-off",
+                Outcome.WARN,
+                f"{prefill.accelerator_type} hands over to {decode.accelerator_type}, and vLLM chooses the attention "
+                "backend by GPU",
+                "set engine.attention_backend to the same in both pools, e.g. FLASH_ATTN",
+            )
+        )
+    if prefill.engine.quantization != decode.engine.quantization:
+        checks.append(
+            Check(
+                "hand-off",
+                Outcome.WARN,
+                f"weights are quantised differently: prefill {prefill.engine.quantization or 'as the model says'}, "
+                f"decode {decode.engine.quantization or 'as the model says'}; answers depend on who read the prompt",
+                "set engine.quantization to the same in both pools if that matters",
+            )
+        )
+    return checks or [Check("hand-off", Outcome.OK, "the pools' engines fit each other")]
+
+
 def _check_tenants(settings: Settings) -> list[Check]:
     """Of placeholders for keys, that is: settings have been checked already."""
     return [
@@ -353,6 +390,7 @@ def gather_model(path: str) -> ModelFacts | None:
         has_tokenizer=any((folder / name).is_file() for name in _TOKENIZERS),
         has_weights=any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.bin", "*.pt", "*.gguf")),
         context_tokens=_context_tokens(config),
+        num_kv_heads=_num_kv_heads(config),
     )
 
 
@@ -364,6 +402,13 @@ def _context_tokens(config: dict[str, object]) -> int | None:
         return None
     value = source.get("max_position_embeddings")
     return value if isinstance(value, int) else None
+
+
+def _num_kv_heads(config: dict[str, object]) -> int | None:
+    text = config.get("text_config")
+    source = text if isinstance(text, dict) else config
+    value = source.get("num_key_value_heads", source.get("num_attention_heads"))
+    return value if isinstance(value, int) and "kv_lora_rank" not in source else None
 
 
 def _version(name: str) -> str | None:

@@ -13,6 +13,8 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from gateway import pool_fit
+
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NotNegativeFloat = Annotated[float, Field(ge=0)]
@@ -49,8 +51,15 @@ class EngineSettings(Section):
     max_num_batched_tokens: PositiveInt | None = None
     max_num_seqs: PositiveInt | None = None
     kv_cache_gib: PositiveFloat | None = Field(default=None, description="KV cache per engine; default: vLLM decides")
+    kv_cache_dtype: str = Field(default="auto", description="vLLM's name, e.g. fp8; auto: as the model's values")
+    quantization: str | None = Field(
+        default=None, description="vLLM's name for how weights are quantised, e.g. fp8; default: as the model says"
+    )
+    attention_backend: str | None = Field(
+        default=None, description="vLLM's name, e.g. FLASH_ATTN; default: vLLM chooses by GPU"
+    )
     tensor_parallel_size: PositiveInt = 1
-    pipeline_parallel_size: PositiveInt = 1
+    pipeline_parallel_size: PositiveInt = Field(default=1, description="more than 1 without a prefill pool only")
     enforce_eager: bool = False
     extra_args: dict[str, JsonValue] = {}
 
@@ -99,6 +108,11 @@ class PoolSettings(Section):
             return 0
         if self.num_gpus is not None:
             return self.num_gpus
+        return self.ranks_per_replica
+
+    @property
+    def ranks_per_replica(self) -> int:
+        """Of one engine; all run on one node."""
         return self.engine.tensor_parallel_size * self.engine.pipeline_parallel_size
 
 
@@ -362,11 +376,14 @@ class Settings(BaseSettings):
                             "a core are 5-50 times slower: give each its own, or set pools.allow_shared_cores"
                         )
                     taken[core] = owner
-        if prefill.replicas and prefill.engine.block_size_tokens != decode.engine.block_size_tokens:
-            raise ValueError(
-                "pools.prefill.engine.block_size_tokens and pools.decode.engine.block_size_tokens differ; "
-                "the hand-off needs the same block size on both sides"
-            )
+        problems: list[str] = []
+        for name, pool in (("prefill", prefill), ("decode", decode)):
+            problems += pool_fit.argument_problems(name, pool.engine)
+            problems += pool_fit.parallel_problems(name, pool)
+        if prefill.replicas:
+            problems += pool_fit.handoff_problems(prefill, decode, self.model, self.handoff.reverse)
+        if problems:
+            raise ValueError("\n  ".join(problems))
         return self
 
     @model_validator(mode="after")

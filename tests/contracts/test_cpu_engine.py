@@ -33,9 +33,24 @@ def test_engines_of_one_rank_are_bound_through_openmp_and_others_by_vllm():
     one, two = environment(CONFIG, 1), environment(TWO_RANKS, 1)
     assert (one["GOMP_CPU_AFFINITY"], one["OMP_NUM_THREADS"]) == ("2 3", "2")
     assert "VLLM_CPU_OMP_THREADS_BIND" not in one
-    assert two["VLLM_CPU_OMP_THREADS_BIND"] == "2,3"
+    assert (two["VLLM_CPU_OMP_THREADS_BIND"], two["OMP_NUM_THREADS"]) == ("2|3", "1")
     assert "GOMP_CPU_AFFINITY" not in two
-    assert engine_arguments(TWO_RANKS).distributed_executor_backend is None
+
+
+def test_ranks_are_processes_of_vllms_own_although_the_replica_is_in_a_placement_group():
+    from vllm.config.parallel import ParallelConfig
+
+    assert engine_arguments(TWO_RANKS).distributed_executor_backend == "mp"
+    source = inspect.getsource(ParallelConfig.__post_init__)
+    assert "get_current_placement_group()" in source, "vLLM takes no notice of it any more? then `mp` need not be named"
+
+
+def test_vllm_wants_as_many_sets_of_cores_as_ranks():
+    from vllm.utils.ompmultiprocessing import OMPProcessManager
+
+    source = inspect.getsource(OMPProcessManager)
+    assert 'omp_cpuids_list = vllm_mask.split("|")' in source
+    assert "len(omp_cpuids_list) == self.local_world_size" in source
 
 
 def test_vllm_preloads_the_openmp_library_that_reads_our_variable():

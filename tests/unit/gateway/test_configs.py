@@ -10,7 +10,8 @@ from gateway.settings import NO_KEY, Settings, load
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 NAMES = sorted(path.name for path in CONFIGS.glob("*.yaml"))
-CPU_NAMES = [name for name in NAMES if name not in ("gpu.yaml", "simulated.yaml")]
+CPU_NAMES = [name for name in NAMES if name not in ("gpu.yaml", "gpu-8x.yaml", "simulated.yaml")]
+GPU_NAMES = ["gpu.yaml", "gpu-8x.yaml"]
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +25,8 @@ def config(name: str) -> Settings:
 
 
 def test_the_configurations_that_ship_are_known_here() -> None:
-    assert NAMES == ["aggregated.yaml", "faults.yaml", "gpu.yaml", "local-2p2d.yaml", "local.yaml", "simulated.yaml"]
+    assert sorted(["simulated.yaml", *GPU_NAMES, *CPU_NAMES]) == NAMES
+    assert CPU_NAMES == ["aggregated.yaml", "faults.yaml", "local-2p2d.yaml", "local.yaml"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -90,8 +92,9 @@ def test_aggregated_has_no_prefill_pool() -> None:
     assert (pools.prefill.replicas, pools.decode.replicas) == (0, 2)
 
 
-def test_gpu_reads_and_writes_on_different_accelerators() -> None:
-    settings = config("gpu.yaml")
+@pytest.mark.parametrize("name", GPU_NAMES)
+def test_gpu_pools_read_and_write_on_node_groups_with_different_accelerators(name: str) -> None:
+    settings = config(name)
     prefill, decode = settings.pools.prefill, settings.pools.decode
     assert prefill.accelerator_type
     assert decode.accelerator_type
@@ -99,8 +102,9 @@ def test_gpu_reads_and_writes_on_different_accelerators() -> None:
     assert prefill.label_selector != decode.label_selector
     for pool in (prefill, decode):
         assert pool.device == "cuda"
-        assert pool.gpus_per_replica == 1
         assert pool.cpu_cores is None
+        # vLLM would choose it by GPU.
+        assert pool.engine.attention_backend == "FLASH_ATTN"
     # Prefill reads many tokens a step, decode writes for many requests.
     assert prefill.engine.max_num_batched_tokens > decode.engine.max_num_batched_tokens
     assert prefill.engine.max_num_seqs < decode.engine.max_num_seqs
@@ -108,11 +112,29 @@ def test_gpu_reads_and_writes_on_different_accelerators() -> None:
     assert settings.model.dtype == "bfloat16"
 
 
+def test_gpu_has_engines_of_one_gpu_and_gpu_8x_one_engine_over_eight() -> None:
+    def shape(name: str) -> list[tuple[int, float, int]]:
+        pools = config(name).pools
+        return [
+            (pool.replicas, pool.gpus_per_replica, pool.engine.tensor_parallel_size)
+            for pool in (pools.prefill, pools.decode)
+        ]
+
+    assert shape("gpu.yaml") == [(2, 1, 1), (4, 1, 1)]
+    assert shape("gpu-8x.yaml") == [(1, 8, 8), (4, 2, 2)]
+    settings = config("gpu-8x.yaml")
+    assert settings.gateway.label_selector not in (
+        settings.pools.prefill.label_selector,
+        settings.pools.decode.label_selector,
+    )
+
+
 def test_what_ships_lets_nobody_in_whose_key_is_known() -> None:
-    assert [name for name in NAMES if config(name).tenants] == ["gpu.yaml"]
-    settings = config("gpu.yaml")
-    assert {digest for tenant in settings.tenants for digest in tenant.api_key_sha256} == {NO_KEY}
-    assert [tenant.operator for tenant in settings.tenants] == [False, True]
+    assert [name for name in NAMES if config(name).tenants] == sorted(GPU_NAMES)
+    for name in GPU_NAMES:
+        settings = config(name)
+        assert {digest for tenant in settings.tenants for digest in tenant.api_key_sha256} == {NO_KEY}
+        assert [tenant.operator for tenant in settings.tenants] == [False, True]
 
 
 def test_only_simulated_simulates_and_its_heading_says_what_its_figures_are_not() -> None:
@@ -132,8 +154,8 @@ def test_only_simulated_simulates_and_its_heading_says_what_its_figures_are_not(
 def test_gpus_of_a_replica_follow_its_parallel_sizes_unless_they_are_given() -> None:
     def gpus(**overrides: object) -> float:
         changed = {f"pools.decode.{key.replace('__', '.')}": value for key, value in overrides.items()}
-        return load(CONFIGS / "gpu.yaml", changed).pools.decode.gpus_per_replica
+        return load(CONFIGS / "gpu.yaml", {"pools.prefill.replicas": 0} | changed).pools.decode.gpus_per_replica
 
     assert gpus(engine__tensor_parallel_size=4, engine__pipeline_parallel_size=2) == 8
-    assert gpus(engine__tensor_parallel_size=4, num_gpus=0.5) == 0.5
+    assert gpus(num_gpus=0.5) == 0.5
     assert gpus(device="cpu", engine__tensor_parallel_size=4) == 0

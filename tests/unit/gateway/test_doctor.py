@@ -218,3 +218,61 @@ def test_a_tenant_whose_key_is_a_placeholder_is_a_warning_with_what_to_do() -> N
     assert (problem.name, problem.outcome) == ("tenant bob", Outcome.WARN)
     assert "nobody is let in" in str(problem)
     assert "`baton key bob`" in str(problem)
+
+
+def gpu_pools(prefill: dict[str, Any], decode: dict[str, Any], **engine: Any) -> Settings:
+    shared = {"block_size_tokens": 16} | engine
+    return Settings.model_validate(
+        {
+            "model": {"path": "/models/mini", "max_model_len": 8192, "dtype": "bfloat16"},
+            "pools": {
+                name: {"replicas": 1} | pool | {"engine": shared | pool.get("engine", {})}
+                for name, pool in (("prefill", prefill), ("decode", decode))
+            },
+        }
+    )
+
+
+def gpu_machine(num_kv_heads: int | None) -> MachineFacts:
+    model = dataclasses.replace(GOOD_MODEL, num_kv_heads=num_kv_heads)
+    return dataclasses.replace(GOOD, is_vllm_cpu=False, gpus=16, model=model)
+
+
+def test_heads_that_prefill_ranks_hold_copies_of_cannot_be_fetched_by_fewer_decode_ranks() -> None:
+    config = gpu_pools({"engine": {"tensor_parallel_size": 8}}, {"engine": {"tensor_parallel_size": 2}})
+    problem = the_problem(gpu_machine(num_kv_heads=4), config)
+    assert problem.outcome is Outcome.FAIL
+    assert "tensor_parallel_size is 8 and pools.decode.engine.tensor_parallel_size is 2" in problem.detail
+    assert "4 KV heads" in problem.detail
+    for heads in (8, None):
+        assert not doctor.failures(checks(gpu_machine(heads), config))
+
+
+def test_other_gpus_without_a_named_attention_backend_are_a_warning() -> None:
+    pools = {"accelerator_type": "H100"}, {"accelerator_type": "B200"}
+    problem = the_problem(gpu_machine(8), gpu_pools(*pools))
+    assert problem.outcome is Outcome.WARN
+    assert "H100 hands over to B200" in problem.detail
+    assert "attention_backend" in problem.advice
+    named = checks(gpu_machine(8), gpu_pools(*pools, attention_backend="FLASH_ATTN"))
+    assert all(check.outcome is Outcome.OK for check in named)
+
+
+def test_weights_that_are_quantised_differently_are_a_warning() -> None:
+    problem = the_problem(gpu_machine(8), gpu_pools({"engine": {"quantization": "fp8"}}, {}))
+    assert problem.outcome is Outcome.WARN
+    assert "prefill fp8, decode as the model says" in problem.detail
+
+
+def test_the_kv_heads_are_read_from_the_models_config(tmp_path: Path) -> None:
+    def heads(config: dict[str, Any]) -> int | None:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        facts = doctor.gather_model(str(tmp_path))
+        assert facts is not None
+        return facts.num_kv_heads
+
+    assert heads({"num_attention_heads": 4, "num_key_value_heads": 2}) == 2
+    assert heads({"num_attention_heads": 4}) == 4
+    assert heads({"text_config": {"num_key_value_heads": 8}}) == 8
+    assert heads({"num_key_value_heads": 128, "kv_lora_rank": 512}) is None
+    assert heads({}) is None

@@ -94,7 +94,9 @@ pools:
   prefill: {engine: {block_size_tokens: 32}}
   decode: {engine: {block_size_tokens: 64}}
 """
-    assert "the hand-off needs the same block size on both sides" in refusal(written(tmp_path, text))
+    message = refusal(written(tmp_path, text))
+    assert "block_size_tokens is 32 and pools.decode.engine.block_size_tokens is 64" in message
+    assert "the hand-off needs the same on both sides" in message
 
 
 def test_a_relative_model_path_starts_at_the_configs_folder(config: Path) -> None:
