@@ -154,7 +154,7 @@ def test_only_simulated_simulates_and_its_heading_says_what_its_figures_are_not(
 def test_gpus_of_a_replica_follow_its_parallel_sizes_unless_they_are_given() -> None:
     def gpus(**overrides: object) -> float:
         changed = {f"pools.decode.{key.replace('__', '.')}": value for key, value in overrides.items()}
-        return load(CONFIGS / "gpu.yaml", {"pools.prefill.replicas": 0} | changed).pools.decode.gpus_per_replica
+        return load(CONFIGS / "gpu.yaml", {"pools.prefill": {"replicas": 0}} | changed).pools.decode.gpus_per_replica
 
     assert gpus(engine__tensor_parallel_size=4, engine__pipeline_parallel_size=2) == 8
     assert gpus(num_gpus=0.5) == 0.5
