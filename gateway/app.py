@@ -19,7 +19,7 @@ from engine.latency import LatencyModel
 from engine.protocol import Phase
 from engine.simulated import SimulatedEngineConfig, TokenRule
 from engine.termination import end_at_sigterm
-from gateway import metrics
+from gateway import gauges, metrics
 from gateway.agents.tenants import Tenant
 from gateway.orchestrator import Orchestrator, OrchestratorConfig
 from gateway.peers import PoliciesInUse
@@ -126,6 +126,8 @@ class Gateway:
             log.addHandler(handler)
         self._settings = config = Settings.model_validate(settings)
         self._policies: PoliciesInUse | None = None
+        self._expected = expected(config)
+        metrics.expect_tenants(self._expected.tenants)
         handles = {Phase.DECODE: decode} | ({Phase.PREFILL: prefill} if prefill else {})
         transport = RayTransport(f"gateway-{uuid.uuid4().hex[:8]}", handles)
         self._orchestrator = Orchestrator(
@@ -162,7 +164,12 @@ class Gateway:
         # The application is made while the engines load.
         (self._app, self._client), _ = await asyncio.gather(
             make_app(
-                server_config(config), self._orchestrator, self._peers, self._policies_in_use, self._planner.as_json
+                server_config(config),
+                self._orchestrator,
+                self._peers,
+                self._policies_in_use,
+                self._planner.as_json,
+                self._own_metrics,
             ),
             _meet(handles, config.runtime.start_timeout_s),
         )
@@ -187,12 +194,15 @@ class Gateway:
         assert self._policies is not None, "Serve calls `reconfigure` before it sends requests"
         return self._policies
 
+    def _own_metrics(self) -> list[Metric]:
+        return [*metrics.collect(), *gauges.families(self._orchestrator, self._expected)]
+
     def __serve_build_asgi_app__(self) -> Any:
         return self._app
 
     async def peer_metrics(self, asker: str) -> tuple[str, list[Metric]] | None:
-        """What this replica counts, for another one that is asked for /metrics."""
-        return None if asker == self._peers.own_id else (self._peers.own_id, metrics.collect())
+        """What this replica has to say in a scrape, for another one that is asked for /metrics."""
+        return None if asker == self._peers.own_id else (self._peers.own_id, self._own_metrics())
 
     async def peer_receipt(self, asker: str, request_id: str) -> tuple[str, dict[str, Any] | None] | None:
         """This replica's receipt as JSON, for another one that does not have it."""
@@ -400,6 +410,17 @@ def server_config(settings: Settings) -> Any:
         send_timeout_s=gateway.send_timeout_s,
         enable_docs=gateway.enable_docs,
         tenants=tenants(settings),
+    )
+
+
+def expected(settings: Settings) -> gauges.Expected:
+    """What the gauges hold against what is there."""
+    pools = settings.pools
+    return gauges.Expected(
+        replicas={Phase.PREFILL: pools.prefill.replicas, Phase.DECODE: pools.decode.replicas},
+        gateways=settings.gateway.replicas,
+        ttft_deadline_s=settings.admission.ttft_deadline_s,
+        tenants=tuple(tenant.name for tenant in settings.tenants),
     )
 
 

@@ -6,7 +6,7 @@ import logging
 import secrets
 import time
 from array import array
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -162,6 +162,14 @@ class Learnt:
     num_sessions: int
 
 
+@dataclass(frozen=True)
+class Waiting:
+    """A prompt that was taken and has no token yet. `waited_s` counts from its HTTP request's arrival."""
+
+    hints: Hints
+    waited_s: float
+
+
 class Orchestrator:
     """Performs what `lifecycle` decides. Everything runs on one event loop; no method but `start` and `close` waits."""
 
@@ -310,6 +318,12 @@ class Orchestrator:
     @property
     def num_in_flight(self) -> int:
         return len(self._sequences)
+
+    def waiting(self) -> Iterator[Waiting]:
+        now_s = self._clock()
+        for sequence in self._sequences.values():
+            if sequence.state.leads and sequence.history.first_token_s is None:
+                yield Waiting(sequence.group.hints, max(now_s - sequence.group.received_s, 0.0))
 
     @property
     def learnt(self) -> Learnt:

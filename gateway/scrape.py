@@ -35,7 +35,8 @@ class Merged(Collector):
     def _up(self) -> Metric:
         up = GaugeMetricFamily(
             "baton_gateway_up",
-            "1: this scrape holds the gateway replica's metrics; 0: it did not answer in time and is left out",
+            "1: this scrape holds the gateway replica's metrics; 0: it did not answer in time and is left out. "
+            "Add them up to count the gateways that answer",
             labels=[LABEL],
         )
         for gateway in sorted({*self._by_gateway, *self._missing}):

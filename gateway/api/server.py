@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
+from prometheus_client import Metric
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import BaseRoute, Mount
 from vllm import AsyncEngineArgs, envs
@@ -115,9 +116,11 @@ async def make_app(
     peers: Peers,
     policies: Callable[[], PoliciesInUse],
     proposals: Callable[[], dict[str, Any]],
+    own_metrics: Callable[[], list[Metric]],
 ) -> tuple[FastAPI, SplitEngineClient]:
     """vLLM's application over `orchestrator`. `policies` tells what decides in it now, `proposals` what its planner
-    would do. Raises ValueError when the model's files cannot be used."""
+    would do, `own_metrics` what this gateway has to say in a scrape. Raises ValueError when the model's files cannot be
+    used."""
     os.environ["VLLM_ENABLE_RESPONSES_API_STORE"] = "0"
     os.environ["VLLM_SERVER_DEV_MODE"] = "0"
     args = make_arg_parser(FlexibleArgumentParser()).parse_args(command_line(config))
@@ -129,7 +132,7 @@ async def make_app(
     app.state.server = SimpleNamespace()
     for name in LOGS_OF_REFUSALS:
         logging.getLogger(name).addFilter(NOT_REFUSED)
-    _add_baton_routes(app, config, orchestrator, peers, policies, proposals)
+    _add_baton_routes(app, config, orchestrator, peers, policies, proposals, own_metrics)
     keep_routes(app, config.enable_docs)
     for status in (404, 405):
         app.add_exception_handler(status, _unknown_route)
@@ -185,6 +188,7 @@ def _add_baton_routes(
     peers: Peers,
     policies: Callable[[], PoliciesInUse],
     proposals: Callable[[], dict[str, Any]],
+    own_metrics: Callable[[], list[Metric]],
 ) -> None:
     def add(path: str, handler: Callable[..., Any], response_class: type[Response] = JSONResponse) -> None:
         # Baton's route takes the place of vLLM's, if it has one there.
@@ -200,7 +204,7 @@ def _add_baton_routes(
         before, gateways = gateways, peers.members()
         metrics.count_gateways_gone(before, gateways)
         answers = await peers.metrics()
-        by_gateway = {**answers.by_gateway, peers.own_id: metrics.collect()}
+        by_gateway = {**answers.by_gateway, peers.own_id: own_metrics()}
         return MetricsResponse(await asyncio.to_thread(scrape.exposition, by_gateway, answers.missing))
 
     async def status() -> Response:

@@ -40,6 +40,9 @@ from gateway.routing.types import (
 
 NAME = "baton"
 
+_NO_TIES = random.Random(0)
+"""For what replicas that are given cost: nothing is drawn."""
+
 CANDIDATES = 8
 """How many of a pool's least loaded replicas are scored, and how many of those that have the most cached."""
 
@@ -79,6 +82,19 @@ class Joint:
         return _Decision(self, request, snapshot, rng).placement()
 
 
+def split_gain_s(request: RequestView, placement: Placement, snapshot: ClusterSnapshot) -> float | None:
+    """By how many seconds of everyone's time a split placement, of whatever policy, was predicted to cost less than its
+    decode replica's reading the prompt itself; below 0 if it costs more. None for one that is not split."""
+    if placement.prefill is None:
+        return None
+    decision = _Decision(Joint(), request, snapshot, _NO_TIES)
+    prefill, decode = snapshot.prefill_view(placement.prefill), snapshot.decode_view(placement.decode)
+    asked = snapshot.decode_view(placement.ask) if placement.ask is not None else None
+    written = decision.writing(decode)
+    split_s = decision.reading(prefill, asked).total_s + decision.fetching(decode, written).total_s
+    return decision.reading_itself(decode, written).total_s - split_s
+
+
 class _Decision:
     """One placement."""
 
@@ -96,8 +112,8 @@ class _Decision:
             decodes = self._candidates(snapshot.decode, _tokens_in_flight)
         else:
             decodes = [min(snapshot.decode, key=_tokens_in_flight)]
-        written = {view.replica_id: self._writing(view) for view in decodes}
-        local = [self._reading_itself(view, written[view.replica_id]) for view in decodes]
+        written = {view.replica_id: self.writing(view) for view in decodes}
+        local = [self.reading_itself(view, written[view.replica_id]) for view in decodes]
         scores = {f"{cost.replica_id} alone": cost.total_s for cost in local}
         alone = self._lowest(local)
         if request.needs_whole_prompt:
@@ -109,8 +125,8 @@ class _Decision:
             return Placement(None, alone.replica_id, policy.name, reason, scores, degraded=degraded)
         prefills = self._candidates(snapshot.prefill, lambda view: view.read_until_s)
         asked = self._asked()
-        read = self._lowest([self._reading(view, asked) for view in prefills], scores)
-        fetched = self._lowest([self._fetching(view, written[view.replica_id]) for view in decodes], scores)
+        read = self._lowest([self.reading(view, asked) for view in prefills], scores)
+        fetched = self._lowest([self.fetching(view, written[view.replica_id]) for view in decodes], scores)
         split_s = read.total_s + fetched.total_s
         if policy.conditional_split and alone.total_s < split_s:
             reason = f"decode reads the prompt itself: {_words(alone)}, against {split_s:.3g} s in all when split"
@@ -120,7 +136,7 @@ class _Decision:
 
     # -- the parts of the cost
 
-    def _reading(self, view: ReplicaView, asked: ReplicaView | None) -> Cost:
+    def reading(self, view: ReplicaView, asked: ReplicaView | None) -> Cost:
         """On a prefill replica, which fetches from the one that is asked what it has not cached if that costs less."""
         costs, num_tokens = self._snapshot.costs, self._request.num_prompt_tokens
         wait_s = self._snapshot.read_wait_s(view)
@@ -138,7 +154,7 @@ class _Decision:
         asking = Cost(view.replica_id, own_s, others_s, 0.0, asked.replica_id, num_asked)
         return min(alone, asking, key=lambda cost: cost.total_s)
 
-    def _reading_itself(self, view: ReplicaView, written: Cost) -> Cost:
+    def reading_itself(self, view: ReplicaView, written: Cost) -> Cost:
         """On a decode replica that answers too."""
         wait_s = self._snapshot.read_wait_s(view)
         read_s = self._read_s(self._snapshot.costs.decode.read, view)
@@ -149,13 +165,13 @@ class _Decision:
             written.lost_s,
         )
 
-    def _fetching(self, view: ReplicaView, written: Cost) -> Cost:
+    def fetching(self, view: ReplicaView, written: Cost) -> Cost:
         """On a decode replica that fetches the hand-off."""
         num_blocks = view.blocks_of(self._request.num_prompt_tokens - self._cached(view))
         fetch_s = self._snapshot.costs.handoff.seconds(num_blocks)
         return Cost(view.replica_id, written.own_s + fetch_s, written.others_s, written.lost_s)
 
-    def _writing(self, view: ReplicaView) -> Cost:
+    def writing(self, view: ReplicaView) -> Cost:
         """The answer, on a decode replica."""
         step, steps = self._snapshot.costs.decode.step, self._output_tokens
         others, tokens = view.in_flight_requests, view.in_flight_tokens

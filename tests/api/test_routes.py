@@ -14,6 +14,7 @@ from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.entrypoints.serve.tokenize.protocol import DetokenizeRequest, TokenizeChatRequest, TokenizeCompletionRequest
 
+from gateway import metrics
 from gateway.api import fields
 from gateway.api.server import ServerConfig, make_app, warm_up_sampling
 from gateway.orchestrator import Orchestrator, OrchestratorConfig
@@ -75,7 +76,9 @@ async def app_of(server_config: ServerConfig, peers: Peers | None = None) -> Fas
         InProcessTransport("gateway", []), least_tokens, ReceiptStore(10),
         OrchestratorConfig(handoff_timeout_s=1.0, max_in_flight_requests=10, warm_up_sampling=warm_up_sampling()),
     )  # fmt: skip
-    app, _ = await make_app(server_config, orchestrator, peers or Alone("gateway-1"), lambda: POLICIES_IN_USE, dict)
+    app, _ = await make_app(
+        server_config, orchestrator, peers or Alone("gateway-1"), lambda: POLICIES_IN_USE, dict, metrics.collect
+    )
     return app
 
 

@@ -79,7 +79,7 @@ def test_a_closed_receipt_is_counted_once_with_its_stages() -> None:
                 ("baton_requests_total", {"status": "finished", "split": "yes"}),
                 ("baton_prompt_tokens_total", {"source": "computed"}),
                 ("baton_kv_moved_bytes_total", {}),
-                ("baton_ttft_seconds_count", {}),
+                ("baton_ttft_seconds_count", {"split": "yes"}),
                 ("baton_request_seconds_sum", {}),
                 ("baton_stage_seconds_count", {"stage": "prefill_compute"}),
                 ("baton_stage_seconds_sum", {"stage": "decode_wait"}),
