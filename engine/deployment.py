@@ -13,7 +13,7 @@ import msgspec
 import ray
 from ray import serve
 
-from engine import cores
+from engine import cores, logs
 from engine.link import LinkServer
 from engine.protocol import Engine, Phase
 from engine.simulated import SimulatedEngine, SimulatedEngineConfig, SimulatedFabric
@@ -109,6 +109,7 @@ class WorkerReplica:
 
     async def __init__(self, spec: EngineSpec) -> None:
         end_at_sigterm()
+        logs.begin()
         context = serve.get_replica_context()
         self._replica_id = context.replica_tag
         self._replace_after_s = spec.replace_after_s
@@ -127,6 +128,7 @@ class WorkerReplica:
             return spec.simulated_engine(self._replica_id)
         from engine.vllm_engine import VllmEngine
 
+        logs.adopt("vllm")
         numbers: tuple[int, ...] = ()
         if spec.cpu_cores:
             node = ray.get_runtime_context().get_node_id()

@@ -12,8 +12,10 @@ from prometheus_client import Metric
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import LoggingConfig
 
 from decode.deployment import DecodeReplica
+from engine import logs
 from engine.deployment import EngineSpec, calm_garbage_collector
 from engine.latency import LatencyModel
 from engine.protocol import Phase
@@ -91,6 +93,8 @@ def build(settings: Settings) -> serve.Application:
         graceful_shutdown_wait_loop_s=DRAIN_CHECK_S,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         max_constructor_retry_count=START_RETRIES,
+        # The gateway has a line of its own for each request, with the id that its client has.
+        logging_config=LoggingConfig(encoding=settings.logging.encoding.upper(), enable_access_log=False),
         user_config=settings.routing.model_dump(mode="json", include=LIVE),
     )
     return gateway.bind(settings.model_dump(mode="json", exclude={"routing": LIVE}), decode, prefill)
@@ -121,9 +125,8 @@ class Gateway:
         from engine.vllm_codec import drop_logprobs
         from gateway.api.server import make_app, warm_up_sampling
 
-        log.setLevel(logging.INFO)
-        for handler in logging.getLogger("ray.serve").handlers:
-            log.addHandler(handler)
+        logs.begin()
+        logs.adopt("vllm")
         self._settings = config = Settings.model_validate(settings)
         self._policies: PoliciesInUse | None = None
         self._expected = expected(config)
@@ -313,6 +316,7 @@ def _deployment(deployment: Any, pool: PoolSettings, settings: Settings) -> Any:
         graceful_shutdown_wait_loop_s=DRAIN_CHECK_S,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         max_constructor_retry_count=START_RETRIES,
+        logging_config=LoggingConfig(encoding=settings.logging.encoding.upper()),
         request_router_config=make_router_config(request_router_class=REQUEST_ROUTER),
     )
 

@@ -70,8 +70,8 @@ def _pools(cluster: Cluster, expected: Expected) -> Iterator[Metric]:
         requests[phase, "waiting"] = sum(load.num_waiting_requests for load in loads)
     yield _gauge(
         "baton_pool_replicas",
-        "Replicas of a pool: wanted by the configuration, and ready for requests of this gateway. Take the max of what "
-        "is wanted and the min of what is ready over gateways, never the sum",
+        "Replicas of a pool: wanted by the configuration at the least, and ready for this gateway's requests. Take the "
+        "max of what is wanted and the min of what is ready over gateways, never the sum",
         replicas,
         ("pool", "state"),
     )

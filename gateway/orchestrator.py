@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from engine import logs
 from engine.protocol import (
     EngineRequest,
     FinishReason,
@@ -468,6 +469,10 @@ class Orchestrator:
     # -- events
 
     def _advance(self, sequence: Sequence, event: lifecycle.Event) -> None:
+        with logs.about(sequence.group.receipt_id):
+            self._advance_within(sequence, event)
+
+    def _advance_within(self, sequence: Sequence, event: lifecycle.Event) -> None:
         was_open = sequence.state.stage is not Stage.DONE
         before = sequence.state
         sequence.state, actions = lifecycle.advance(before, event)

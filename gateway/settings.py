@@ -319,6 +319,14 @@ class RuntimeSettings(Section):
     demo_prompt: str | None = "What is Baton?"
 
 
+class LoggingSettings(Section):
+    """What replicas write into Ray Serve's log files."""
+
+    encoding: Literal["text", "json"] = Field(
+        default="text", description="json: an object a line, with the baton_request_id of the request it concerns"
+    )
+
+
 class Settings(BaseSettings):
     """The whole configuration. Precedence: command line, environment (BATON_GATEWAY__PORT=...), YAML, default."""
 
@@ -337,6 +345,7 @@ class Settings(BaseSettings):
     admission: AdmissionSettings = AdmissionSettings()
     scaling: ScalingSettings = ScalingSettings()
     tenants: list[TenantSettings] = Field(default=[], description="without any, everybody on this machine may ask")
+    logging: LoggingSettings = LoggingSettings()
     runtime: RuntimeSettings = RuntimeSettings()
 
     @classmethod
@@ -548,6 +557,7 @@ __all__ = [
     "EngineSettings",
     "GatewaySettings",
     "HandoffSettings",
+    "LoggingSettings",
     "ModelSettings",
     "PoolSettings",
     "RecoverySettings",

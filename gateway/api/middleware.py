@@ -12,7 +12,8 @@ import msgspec
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gateway.api import context, fields, tools
+from engine import logs
+from gateway.api import access_log, context, fields, tools
 from gateway.api.hints import read_hints
 from gateway.routing.types import Hints, Rejection
 
@@ -224,7 +225,7 @@ class Intake:
 class ResponseStart:
     """Holds a response's start until its first body message, and a stream's until an engine has begun to answer, so
     that a refusal of a streaming request still gets its own status; gives errors the shape their path's clients
-    expect; adds the receipt's id."""
+    expect; adds the receipt's id. What is logged of a request names it, and each leaves a line."""
 
     def __init__(self, app: ASGIApp):
         self._app = app
@@ -234,6 +235,14 @@ class ResponseStart:
             await self._app(scope, receive, send)
             return
         request = context.RequestContext(uuid.uuid4().hex, time.monotonic())
+        line = access_log.Line(scope, send, request)
+        with logs.about(request.request_id):
+            try:
+                await self._answer(scope, receive, line.send, request)
+            finally:
+                line.write()
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, request: context.RequestContext) -> None:
         token = context.current.set(request)
         held: list[Message] = []
         started = streaming = False
