@@ -2,15 +2,23 @@
 
 import asyncio
 import inspect
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from ray.serve._private.common import DeploymentID
 from ray.serve.request_router import PendingRequest, RequestRouter
 
+from engine import logs
 from gateway.request_router import PinnedRequestRouter
 from gateway.transport import ReplicaGoneError
 from gateway.transport_ray import POOLS, TARGET
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_pinned_version_is_installed():
@@ -167,3 +175,39 @@ def test_serve_tells_a_replica_its_user_config_before_it_is_ready_and_restarts_n
     assert before.requires_actor_reconfigure(after)
     assert not before.requires_actor_restart(after)
     assert "call_reconfigure" in inspect.getsource(Replica.initialize)
+
+
+LOG_LINES = """
+import logging, sys
+from ray.serve._private.common import ServeComponentType
+from ray.serve._private.logging_utils import configure_component_logger
+from ray.serve.schema import LoggingConfig
+from engine import logs
+configure_component_logger(
+    component_name="baton_gateway", component_id="replica-1", component_type=ServeComponentType.REPLICA, max_bytes=9999,
+    backup_count=1, logging_config=LoggingConfig(encoding=sys.argv[2], enable_access_log=False, logs_dir=sys.argv[1]),
+)
+logs.begin()
+with logs.about("r1"):
+    logging.getLogger("baton.access").info("a line", extra={"http_status": 200})
+    logging.getLogger("ray.serve").info("GET / 200", extra={"serve_access_log": True})
+logging.getLogger("baton.membership").warning("of no request")
+"""
+
+
+@pytest.mark.parametrize("encoding", ["JSON", "TEXT"])
+def test_serves_log_files_take_batons_lines_with_the_id_of_their_request(tmp_path: Path, encoding: str) -> None:
+    environment = os.environ | {"RAY_SERVE_LOG_TO_STDERR": "0"}
+    subprocess.run(
+        [sys.executable, "-c", LOG_LINES, str(tmp_path), encoding], check=True, cwd=ROOT, env=environment, timeout=60
+    )
+    (file,) = tmp_path.iterdir()
+    access, other = file.read_text().splitlines()
+    if encoding == "TEXT":
+        assert access.endswith("r1 -- a line")
+        assert other.endswith("-- of no request")
+        return
+    told = {"baton_request_id": "r1", "http_status": 200, "levelname": "INFO", "message": "a line"}
+    assert json.loads(access).items() >= told.items()
+    assert json.loads(other)["levelname"] == "WARNING"
+    assert logs.REQUEST_ID not in json.loads(other)
