@@ -128,14 +128,15 @@ class WorkerReplica:
             return spec.simulated_engine(self._replica_id)
         from engine.vllm_engine import VllmEngine
 
-        logs.adopt("vllm")
         numbers: tuple[int, ...] = ()
         if spec.cpu_cores:
             node = ray.get_runtime_context().get_node_id()
             self._cores = await cores.take(f"{node} {pool}", spec.cpu_cores, spec.leaves_within_s)
             numbers = self._cores.numbers
         log.info("starting the engine of %s on cores %s", self._replica_id, numbers or "any")
-        return await VllmEngine.start(spec.engine_config(self._replica_id, numbers, host))
+        engine = await VllmEngine.start(spec.engine_config(self._replica_id, numbers, host))
+        logs.adopt("vllm")
+        return engine
 
     async def hello(self) -> str:
         """Any replica's id: makes a caller's router learn the pool."""

@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 import logging
+import logging.handlers
 from collections.abc import Iterator
 
 REQUEST_ID = "baton_request_id"
@@ -37,16 +38,29 @@ class NameRequest(logging.Filter):
         return True
 
 
+_files: dict[logging.handlers.MemoryHandler, logging.Handler] = {}
+"""Of Ray Serve's handlers, which collect lines and write them to another."""
+
+
 def begin() -> None:
     """From now on this process's lines name their request, and Baton's go where Ray Serve's do, from INFO on."""
     for handler in logging.getLogger("ray.serve").handlers:
         handler.addFilter(NameRequest())
+        if isinstance(handler, logging.handlers.MemoryHandler) and handler.target is not None:
+            _files[handler] = handler.target
     adopt("baton")
     logging.getLogger("baton").setLevel(logging.INFO)
 
 
 def adopt(name: str) -> None:
-    """A logger's lines go where Ray Serve's do, whole, with their level and their trace, and nowhere else."""
+    """A logger's lines go where Ray Serve's do, whole, with their level and their trace, and nowhere else.
+
+    A library that configures logging by `logging.config`, as vLLM does, has closed Serve's handlers with all others:
+    they kept every line for good and wrote none. They get their files back, and what they have kept goes there.
+    """
+    for handler, file in _files.items():
+        handler.setTarget(file)
+        handler.flush()
     logger = logging.getLogger(name)
     logger.handlers[:] = logging.getLogger("ray.serve").handlers
     logger.propagate = False

@@ -126,7 +126,6 @@ class Gateway:
         from gateway.api.server import make_app, warm_up_sampling
 
         logs.begin()
-        logs.adopt("vllm")
         self._settings = config = Settings.model_validate(settings)
         self._policies: PoliciesInUse | None = None
         self._expected = expected(config)
@@ -176,6 +175,7 @@ class Gateway:
             ),
             _meet(handles, config.runtime.start_timeout_s),
         )
+        logs.adopt("vllm")
         await self._orchestrator.start(FEWEST_READY, config.runtime.start_timeout_s)
         self._planning = asyncio.create_task(self._planner.run())
         calm_garbage_collector()

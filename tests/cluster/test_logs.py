@@ -72,7 +72,7 @@ def test_a_request_leaves_a_line_with_the_id_that_its_client_has(site: Site) -> 
     told = {"http_method": "POST", "http_route": CHAT, "http_status": 200, "prompts": 1, "tenant": "alice"}
     assert line.items() >= told.items()
     assert line["levelname"] == "INFO"
-    assert line["deployment"] == "gateway"
+    assert line["deployment"] == "baton_gateway"
 
 
 def test_engines_call_a_request_by_serves_id_which_its_line_has_too(site: Site) -> None:
@@ -121,4 +121,4 @@ def test_an_engines_lines_are_objects_too(site: Site) -> None:
     (file,) = site.logs.glob("serve/replica_baton_decode_*.log")
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     (simulated,) = (line for line in lines if "is simulated" in line["message"])
-    assert (simulated["levelname"], simulated["deployment"]) == ("WARNING", "decode")
+    assert (simulated["levelname"], simulated["deployment"]) == ("WARNING", "baton_decode")

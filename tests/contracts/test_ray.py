@@ -178,7 +178,7 @@ def test_serve_tells_a_replica_its_user_config_before_it_is_ready_and_restarts_n
 
 
 LOG_LINES = """
-import logging, sys
+import logging, logging.config, sys
 from ray.serve._private.common import ServeComponentType
 from ray.serve._private.logging_utils import configure_component_logger
 from ray.serve.schema import LoggingConfig
@@ -188,6 +188,8 @@ configure_component_logger(
     backup_count=1, logging_config=LoggingConfig(encoding=sys.argv[2], enable_access_log=False, logs_dir=sys.argv[1]),
 )
 logs.begin()
+logging.config.dictConfig({"version": 1, "disable_existing_loggers": False})
+logs.adopt("vllm")
 with logs.about("r1"):
     logging.getLogger("baton.access").info("a line", extra={"http_status": 200})
     logging.getLogger("ray.serve").info("GET / 200", extra={"serve_access_log": True})

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import logging.handlers
 from collections.abc import Iterator
 
 import pytest
@@ -159,3 +160,20 @@ def test_a_replicas_own_lines_go_where_serves_do_and_nowhere_else() -> None:
     finally:
         serve.handlers[:], baton.handlers[:], baton.propagate = before[:3]
         baton.setLevel(before[3])
+
+
+def test_serves_handlers_write_again_after_a_library_has_configured_logging(monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    file = logging.Handler()
+    file.emit = lambda record: written.append(record.getMessage())  # type: ignore[method-assign]
+    handler = logging.handlers.MemoryHandler(capacity=1, target=file)
+    serve = logging.Logger("ray.serve")
+    serve.addHandler(handler)
+    monkeypatch.setattr(logs, "_files", {handler: file})
+    # What `logging.config.dictConfig` does to every handler there is.
+    handler.close()
+    serve.warning("kept")
+    assert written == []
+    logs.adopt("a.library")
+    serve.warning("again")
+    assert written == ["kept", "again"]
