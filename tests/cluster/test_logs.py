@@ -85,7 +85,7 @@ def test_engines_call_a_request_by_serves_id_which_its_line_has_too(site: Site) 
     ("changes", "status"),
     [
         ({"messages": 3}, 400),
-        ({"model": WORD}, 404),
+        ({"model": "no-such-model"}, 404),
         ({"priority": 7}, 400),
         ({"headers": {"x-baton-priority": WORD}}, 400),
     ],
