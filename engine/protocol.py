@@ -51,6 +51,7 @@ class EngineRequest(msgspec.Struct, frozen=True, array_like=True):
     means nothing; with a hand-off, which covers the beginning of its prompt, it fetches what it has not cached
     (docs/adr/0017). `max_tokens` counts what this engine may write; the last `num_written_tokens` of the prompt are
     part of the answer already, written by another engine, and a hand-off covers the prompt without them.
+    `trace_headers` are W3C Trace Context as the gateway writes it, for requests that are traced.
     """
 
     request_id: str

@@ -124,6 +124,7 @@ class Gateway:
         # vLLM takes seconds to import, and the process that only builds the application has no use for it.
         from engine.vllm_codec import drop_logprobs
         from gateway.api.server import make_app, warm_up_sampling
+        from gateway.tracing import Tracer
 
         logs.begin()
         self._settings = config = Settings.model_validate(settings)
@@ -159,6 +160,11 @@ class Gateway:
             file = Path(config.routing.receipts_folder) / f"{context.replica_tag}{RECEIPTS_SUFFIX}"
             max_bytes = config.routing.receipts_file_mb * 1_000_000
             self._receipt_log = ReceiptLog(file, max_bytes, metrics.RECEIPTS_DROPPED.inc)
+        self._tracer: Tracer | None = None
+        if (tracing := config.tracing) is not None:
+            self._tracer = Tracer(
+                tracing.otlp_endpoint, tracing.sample_ratio, context.replica_tag, metrics.count_dropped_spans
+            )
         self._planner = ShadowPlanner(
             self._orchestrator, _bounds(config), _sizing(config), PlannerConfig(target=config.scaling.target)
         )
@@ -172,6 +178,7 @@ class Gateway:
                 self._policies_in_use,
                 self._planner.as_json,
                 self._own_metrics,
+                self._tracer,
             ),
             _meet(handles, config.runtime.start_timeout_s),
         )
@@ -228,6 +235,8 @@ class Gateway:
         metrics.count(receipt)
         if self._receipt_log is not None:
             self._receipt_log.append(receipt)
+        if self._tracer is not None:
+            self._tracer.closed(receipt)
 
     async def __del__(self) -> None:
         if planning := getattr(self, "_planning", None):
@@ -237,6 +246,8 @@ class Gateway:
         if log := getattr(self, "_receipt_log", None):
             async with asyncio.timeout(RECEIPTS_CLOSE_S):
                 await asyncio.to_thread(log.close)
+        if tracer := getattr(self, "_tracer", None):
+            await asyncio.to_thread(tracer.close)
 
 
 async def _meet(handles: Mapping[Phase, DeploymentHandle], timeout_s: float) -> None:

@@ -105,6 +105,11 @@ PROPOSALS_SCORED = Counter(
     "baton_proposals_scored", "What the planner would have done, by what happened without it", ["action", "verdict"]
 )
 RECEIPTS_DROPPED = Counter("baton_receipts_dropped", "Receipts that came faster than the disk takes them")
+SPANS_DROPPED = Counter(
+    "baton_trace_spans_dropped",
+    "Spans that no collector has got, because too many waited (full) or it did not take them (refused)",
+    ["cause"],
+)
 PROMPT_TOKENS = Counter("baton_prompt_tokens", "Prompt tokens by where they came from", ["source"])
 OUTPUT_TOKENS = Counter("baton_output_tokens", "Tokens of answers")
 HANDOFF = Histogram(
@@ -249,6 +254,10 @@ def count_loss(phase: Phase, cause: str) -> None:
 
 def count_policy_switch(policy: str, shadow_policy: str | None) -> None:
     POLICY_SWITCHES.labels(policy, shadow_policy or "none").inc()
+
+
+def count_dropped_spans(cause: str, num_spans: int) -> None:
+    SPANS_DROPPED.labels(cause).inc(num_spans)
 
 
 def count_gateways_gone(before: Collection[str], now: Collection[str]) -> None:

@@ -34,7 +34,7 @@ from gateway.routing.costs import Costs
 from gateway.routing.order import rank_ms
 from gateway.routing.policies import Policy, place
 from gateway.routing.predict import predict
-from gateway.routing.receipts import Decision, Outcome, Receipt, ReceiptStore
+from gateway.routing.receipts import Decision, Outcome, Receipt, ReceiptStore, TraceContext
 from gateway.routing.types import Cause, ClusterSnapshot, Hints, Placement, Rejection, RequestView
 from gateway.scaling.demand import Demand, DemandMeter, ServiceLevel
 from gateway.transport import ReplicaGoneError, WorkerTransport
@@ -88,6 +88,7 @@ class Group:
     num_choices: int
     received_s: float
     hints: Hints = field(default_factory=Hints)
+    trace: TraceContext | None = None
     decide_s: float = 0.0
     rank_ms: int = 0
     session: str | None = None
@@ -250,10 +251,16 @@ class Orchestrator:
     # -- requests
 
     def new_group(
-        self, receipt_id: str, num_choices: int, received_s: float | None = None, hints: Hints | None = None
+        self,
+        receipt_id: str,
+        num_choices: int,
+        received_s: float | None = None,
+        hints: Hints | None = None,
+        trace: TraceContext | None = None,
     ) -> Group:
         """`received_s` is when the prompt's HTTP request arrived, on the orchestrator's clock."""
-        return Group(receipt_id, num_choices, self._clock() if received_s is None else received_s, hints or Hints())
+        received_s = self._clock() if received_s is None else received_s
+        return Group(receipt_id, num_choices, received_s, hints or Hints(), trace)
 
     def await_response(self, group: Group) -> None:
         """`response_over` will be told of this group."""
@@ -400,6 +407,7 @@ class Orchestrator:
             shadow=self._shadow_placement(view, snapshot, seed),
             predicted=prediction,
             rank_ms=group.rank_ms,
+            trace=group.trace,
         )
         self.receipts.put(group.receipt)
 
@@ -476,6 +484,8 @@ class Orchestrator:
         was_open = sequence.state.stage is not Stage.DONE
         before = sequence.state
         sequence.state, actions = lifecycle.advance(before, event)
+        num_faults = len(sequence.state.faults) - len(before.faults)
+        sequence.history.faults_s += [self._clock()] * num_faults
         if sequence.state.engine_request_id != before.engine_request_id:
             self._by_engine_id[sequence.state.engine_request_id] = sequence
             self.cluster.sent(sequence.state.decode, sequence.state.engine_request_id, self._num_tokens(sequence))
@@ -656,6 +666,7 @@ class Orchestrator:
             return None
         self.cluster.ended(replica_id, delta.request_id)
         sequence.attempt.prefill_facts, sequence.attempt.prefill_times = delta.prefill, delta.times
+        sequence.attempt.prefill = replica_id
         source, pull_failed = sequence.attempt.source, False
         if source is not None and delta.prefill is not None:
             pull_failed = not has_fetched(source, delta.prefill)
@@ -690,6 +701,7 @@ class Orchestrator:
         self.cluster.produced(state.decode, delta.request_id, len(delta.token_ids))
         if delta.prefill is not None and attempt.decode_facts is None:
             attempt.decode_facts, attempt.decode_times = delta.prefill, delta.times
+            attempt.decode = state.decode
             replica = self.cluster.get(state.decode)
             if replica and replica.info:
                 attempt.blocks_moved = blocks_moved(
@@ -786,6 +798,7 @@ class Orchestrator:
             handoff=handoff,
             cache_salt=request.cache_salt,
             priority=sequence.group.rank_ms,
+            trace_headers=_trace_headers(sequence),
             num_written_tokens=len(carried),
         )
 
@@ -801,6 +814,7 @@ class Orchestrator:
             max_tokens=1,
             cache_salt=request.cache_salt,
             priority=sequence.group.rank_ms,
+            trace_headers=_trace_headers(sequence),
         )
 
     async def _submit(self, sequence: Sequence, replica_id: str, request: EngineRequest) -> None:
@@ -891,6 +905,11 @@ class Orchestrator:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()):
             log.error("a background task failed", exc_info=error)
+
+
+def _trace_headers(sequence: Sequence) -> dict[str, str] | None:
+    trace = sequence.group.trace
+    return trace.headers if trace else None
 
 
 def _cancel_deadline(sequence: Sequence) -> None:

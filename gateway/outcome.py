@@ -10,11 +10,14 @@ from gateway.routing.receipts import Outcome, Times
 
 @dataclass
 class Attempt:
-    """What the engines of one placement have told of a sequence. `num_told_tokens`: of the answer, from its first token
+    """What the engines of one placement have told of a sequence. `prefill`, `decode`: the replicas that have told their
+    facts; `num_told_tokens`: of the answer, from its first token
     on, those that the client had before included; `handoff_blocks`: what decode was offered; `source`: what prefill was
     offered, from a decode replica that was asked; `ask_facts`: how that one came by it."""
 
     num_told_tokens: int = 0
+    prefill: str | None = None
+    decode: str | None = None
     prefill_facts: PrefillFacts | None = None
     decode_facts: PrefillFacts | None = None
     prefill_times: EngineTimes | None = None
@@ -34,7 +37,7 @@ class Attempt:
 @dataclass
 class History:
     """What has become of one sequence so far. Times are on the orchestrator's clock. `first` is the attempt that wrote
-    the first token."""
+    the first token, `faults_s` when each fault was met."""
 
     num_prompt_tokens: int
     arrived_s: float
@@ -44,6 +47,7 @@ class History:
     output_tokens: int = 0
     finish_reason: FinishReason | None = None
     facts_told: PrefillFacts | None = None
+    faults_s: list[float] = field(default_factory=list[float])
 
     @property
     def attempt(self) -> Attempt:
@@ -107,6 +111,7 @@ def outcome(
     on_decode = [facts for attempt in attempts for facts in (attempt.decode_facts, attempt.ask_facts) if facts]
     first_s = leader.first_token_s
     facts = leader.facts_told or facts_for_client(leader.attempt, leader.attempt)
+    timed = leader.first or leader.attempt
     return Outcome(
         status=status,
         finish_reason=str(reasons[0]) if reasons[0] else None,
@@ -123,14 +128,18 @@ def outcome(
         kv_bytes_asked=asked * kv_block_bytes,
         faults=tuple(map(str, faults)),
         fault_kinds=tuple(fault.kind.value for fault in faults),
-        times_ms=_times(leader, times),
+        fault_times_ms=tuple(_ms(at_s - times.received_s) for history in histories for at_s in history.faults_s),
+        times_ms=_times(leader, timed, times),
+        prefill_replica=timed.prefill,
+        decode_replica=timed.decode,
+        prefill_has_written=timed.prefill_has_written,
     )
 
 
-def _times(leader: History, group: GroupTimes) -> Times:
+def _times(leader: History, attempt: Attempt, group: GroupTimes) -> Times:
     """The leader's times, those in engines of the attempt that wrote the first token: what went before is transit. An
     engine that never answered leaves its stages open, and with them the transit."""
-    attempt, first_s = leader.first or leader.attempt, leader.first_token_s
+    first_s = leader.first_token_s
     front_end_s = leader.arrived_s - group.received_s
     prefill, decode = attempt.prefill_times, attempt.decode_times
     on_the_way = [prefill] if attempt.prefill_has_written else [prefill, decode]

@@ -301,6 +301,17 @@ class ScalingSettings(Section):
     hold_s: PositiveFloat = Field(default=600.0, description="a pool shrinks to what was needed in so long")
 
 
+class TracingSettings(Section):
+    """Traces of requests, to an OpenTelemetry collector (docs/adr/0021)."""
+
+    otlp_endpoint: Annotated[str, Field(pattern=r"^https?://[^/]")] = Field(
+        description="a collector's OTLP/HTTP address, e.g. http://localhost:4318; traces go to its /v1/traces"
+    )
+    sample_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=1.0, description="of the requests whose clients have no trace of their own; those with one decide"
+    )
+
+
 class RuntimeSettings(Section):
     """How a run starts and stays whole. `ray_address`, `num_cpus`, `object_store_mb` and `demo_prompt` are for the
     local Ray that `baton serve` starts, and unused on an existing cluster."""
@@ -344,6 +355,7 @@ class Settings(BaseSettings):
     routing: RoutingSettings = RoutingSettings()
     admission: AdmissionSettings = AdmissionSettings()
     scaling: ScalingSettings = ScalingSettings()
+    tracing: TracingSettings | None = Field(default=None, description="set: requests are traced")
     tenants: list[TenantSettings] = Field(default=[], description="without any, everybody on this machine may ask")
     logging: LoggingSettings = LoggingSettings()
     runtime: RuntimeSettings = RuntimeSettings()
@@ -567,5 +579,6 @@ __all__ = [
     "Settings",
     "SimulationSettings",
     "TenantSettings",
+    "TracingSettings",
     "load",
 ]

@@ -20,16 +20,17 @@ class Failure:
 
 @dataclass
 class RequestContext:
-    """One HTTP request. `received_s` is monotonic time, `hints` are what the client claims, `entry` is what the request
-    takes up of its tenant's limits (None: keys are not asked for). `num_groups` counts the prompts it has placed, each
-    with a receipt of its own; `answering` says that an engine has begun to answer, `failure` that the request failed
-    before. `tool_called` is the tool that the answer calls; those of `on_end` are told so once, when the response is
-    over, however it ends.
+    """One HTTP request. `received_s` is monotonic time, `hints` are what the client claims, `trace_headers` what it
+    says of its trace, `entry` is what the request takes up of its tenant's limits (None: keys are not asked for).
+    `num_groups` counts the prompts it has placed, each with a receipt of its own; `answering` says that an engine has
+    begun to answer, `failure` that the request failed before. `tool_called` is the tool that the answer calls; those of
+    `on_end` are told so once, when the response is over, however it ends.
     """
 
     request_id: str
     received_s: float
     hints: Hints = field(default_factory=Hints)
+    trace_headers: dict[str, str] = field(default_factory=dict[str, str])
     rejection: Rejection | None = None
     failure: Failure | None = None
     answering: bool = False

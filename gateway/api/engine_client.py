@@ -34,6 +34,7 @@ from gateway import metrics
 from gateway.api import context
 from gateway.orchestrator import Group, Orchestrator, PlacementRejected, SequenceRequest
 from gateway.refusals import RefusalLog
+from gateway.tracing import Tracer
 
 FINISH_REASONS = {reason: VllmFinishReason[reason.name] for reason in FinishReason}
 
@@ -54,8 +55,9 @@ class _Resources:
 class ClusterCoreClient(EngineCoreClient):
     """An EngineCoreClient whose engine core is the cluster: requests go to the orchestrator, deltas come back."""
 
-    def __init__(self, orchestrator: Orchestrator):
+    def __init__(self, orchestrator: Orchestrator, tracer: Tracer | None = None):
         self._orchestrator = orchestrator
+        self._tracer = tracer
         self._queued_s: dict[str, float] = {}
         self._http: dict[str, context.RequestContext] = {}
         self._refusals = RefusalLog()
@@ -70,7 +72,8 @@ class ClusterCoreClient(EngineCoreClient):
         http = context.current.get()
         receipt_id = http.next_receipt_id() if http else uuid.uuid4().hex
         received_s, hints = (http.received_s, http.capped_hints) if http else (None, None)
-        group = self._orchestrator.new_group(receipt_id, num_choices, received_s, hints)
+        trace = self._tracer.begin(http.trace_headers if http else {}) if self._tracer else None
+        group = self._orchestrator.new_group(receipt_id, num_choices, received_s, hints, trace)
         if http:
             self._orchestrator.await_response(group)
             http.on_end.append(lambda tool: self._orchestrator.response_over(group, tool))
@@ -124,6 +127,8 @@ class ClusterCoreClient(EngineCoreClient):
         except PlacementRejected as error:
             metrics.count_rejection(error.rejection, group.hints.priority, group.hints.tenant)
             self._refusals.note(group.receipt_id, error.rejection, group.hints.priority)
+            if self._tracer and group.trace:
+                self._tracer.refused(group.receipt_id, group.trace, group.received_s, error.rejection)
             if http:
                 http.rejection = error.rejection
             raise GracefulHTTPError(error.rejection.reason, HTTPStatus(error.rejection.status)) from error
@@ -186,8 +191,8 @@ class ClusterCoreClient(EngineCoreClient):
 class SplitEngineClient(async_llm.AsyncLLM):
     """vLLM's AsyncLLM, unchanged but for its engine core, which is the cluster."""
 
-    def __init__(self, vllm_config: VllmConfig, orchestrator: Orchestrator):
-        core = ClusterCoreClient(orchestrator)
+    def __init__(self, vllm_config: VllmConfig, orchestrator: Orchestrator, tracer: Tracer | None = None):
+        core = ClusterCoreClient(orchestrator, tracer)
         with mock.patch.object(async_llm, "EngineCoreClient") as factory:
             factory.make_async_mp_client.return_value = core
             super().__init__(vllm_config, Executor, log_stats=True, log_requests=False)

@@ -16,6 +16,7 @@ from engine import logs
 from gateway.api import access_log, context, fields, tools
 from gateway.api.hints import read_hints
 from gateway.routing.types import Hints, Rejection
+from gateway.spans import TRACE_HEADERS, trace_headers
 
 log = logging.getLogger("baton.api")
 
@@ -169,6 +170,7 @@ class Intake:
             return
         if request := context.current.get():
             request.hints = hints
+            request.trace_headers = trace_headers(scope["headers"])
         path = scope["path"]
         if scope["method"] != "POST" or path not in fields.ALLOWED:
             await self._app(scope, receive, send)
@@ -185,7 +187,7 @@ class Intake:
         kept, hints = checked
         if request is not None:
             request.hints = hints
-        await self._app(_with_length(scope, len(kept)), _replay(kept, receive), send)
+        await self._app(_as_read(scope, len(kept)), _replay(kept, receive), send)
 
     async def _read(self, headers: Mapping[str, str], receive: Receive) -> bytes | None:
         declared = headers.get("content-length", "0")
@@ -388,8 +390,13 @@ def _messages(status: int, body: bytes, headers: MutableHeaders) -> list[Message
     ]
 
 
-def _with_length(scope: Scope, length: int) -> Scope:
-    headers = [(n, v) for n, v in scope["headers"] if n not in (b"content-length", b"transfer-encoding")]
+NOT_PASSED_ON = {b"content-length", b"transfer-encoding", *TRACE_HEADERS}
+"""Traces are Baton's: vLLM would say that it makes none."""
+
+
+def _as_read(scope: Scope, length: int) -> Scope:
+    """A request's scope for what was let in of its body, `length` bytes."""
+    headers = [(n, v) for n, v in scope["headers"] if n not in NOT_PASSED_ON]
     return {**scope, "headers": [*headers, (b"content-length", str(length).encode())]}
 
 

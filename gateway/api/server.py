@@ -36,6 +36,7 @@ from gateway.api.middleware import Departure, Intake, ResponseStart, error_body
 from gateway.cluster import Replica
 from gateway.orchestrator import Orchestrator
 from gateway.peers import Peers, PoliciesInUse
+from gateway.tracing import Tracer
 
 TASKS = ("generate",)
 
@@ -117,15 +118,16 @@ async def make_app(
     policies: Callable[[], PoliciesInUse],
     proposals: Callable[[], dict[str, Any]],
     own_metrics: Callable[[], list[Metric]],
+    tracer: Tracer | None = None,
 ) -> tuple[FastAPI, SplitEngineClient]:
     """vLLM's application over `orchestrator`. `policies` tells what decides in it now, `proposals` what its planner
-    would do, `own_metrics` what this gateway has to say in a scrape. Raises ValueError when the model's files cannot be
-    used."""
+    would do, `own_metrics` what this gateway has to say in a scrape; `tracer` traces its requests. Raises ValueError
+    when the model's files cannot be used."""
     os.environ["VLLM_ENABLE_RESPONSES_API_STORE"] = "0"
     os.environ["VLLM_SERVER_DEV_MODE"] = "0"
     args = make_arg_parser(FlexibleArgumentParser()).parse_args(command_line(config))
     assert isinstance(args, Namespace)
-    client = SplitEngineClient(_front_end_config(args), orchestrator)
+    client = SplitEngineClient(_front_end_config(args), orchestrator, tracer)
     app = build_app(args, TASKS, client.vllm_config.model_config)
     await init_app_state(client, app.state, args, TASKS)
     # vLLM's handler of engine errors tells the uvicorn server it expects here to exit; Serve owns ours.

@@ -35,12 +35,31 @@ class Times:
 
 
 @dataclass(frozen=True, slots=True)
+class TraceContext:
+    """A request's place in a trace, in hex digits as W3C Trace Context writes them. `span_id` is the request's own
+    span, `parent_id` its client's (None: the trace begins here), `state` the client's tracestate."""
+
+    trace_id: str
+    span_id: str
+    parent_id: str | None = None
+    state: str = ""
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What tells others that the request is their parent. Only traces that are kept have a context."""
+        headers = {"traceparent": f"00-{self.trace_id}-{self.span_id}-01"}
+        return {**headers, "tracestate": self.state} if self.state else headers
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """What came of a placement. Times are from the request's arrival at the gateway.
 
     `reused_tokens` were in a prefix cache and computed by nobody; `kv_blocks_moved` travelled from prefill to decode,
     `kv_blocks_asked` from decode to prefill.
-    `faults` says in words what went wrong and what was done, `fault_kinds` in the same order what metrics count.
+    `faults` says in words what went wrong and what was done, `fault_kinds` in the same order what metrics count, and
+    `fault_times_ms` when. `prefill_replica` and `decode_replica` are those whose times `times_ms` tells, None for one
+    that has told none; `prefill_has_written` the first token.
     """
 
     status: str
@@ -58,7 +77,11 @@ class Outcome:
     kv_bytes_asked: int = 0
     faults: tuple[str, ...] = ()
     fault_kinds: tuple[str, ...] = ()
+    fault_times_ms: tuple[float, ...] = ()
     times_ms: Times = Times()
+    prefill_replica: str | None = None
+    decode_replica: str | None = None
+    prefill_has_written: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +102,8 @@ class Receipt:
     have made necessary. `shadow` is what the shadow policy would have decided from the same inputs; None if there is no
     such policy, or it decided on nothing. `predicted` is to be held against `outcome`. `rank_ms` is what engines take
     waiting requests by, the lowest first (`gateway.routing.order`): milliseconds since the epoch, so beyond `created_s`
-    it is by how much others may come before this one. All its placements and choices have it; None: not recorded."""
+    it is by how much others may come before this one. All its placements and choices have it; None: not recorded.
+    `trace`: where it is traced."""
 
     request_id: str
     created_s: float
@@ -95,6 +119,7 @@ class Receipt:
     shadow: Placement | None = None
     predicted: Prediction | None = None
     rank_ms: int | None = None
+    trace: TraceContext | None = None
 
     def as_json(self) -> dict[str, Any]:
         data = msgspec.to_builtins(self)

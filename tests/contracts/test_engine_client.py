@@ -12,8 +12,11 @@ from engine.vllm_codec import decode_sampling
 from gateway.agents.tenants import Entry, Limiter, Tenant
 from gateway.api import context
 from gateway.api.engine_client import ClusterCoreClient
-from gateway.orchestrator import Group, Orchestrator, SequenceRequest
-from gateway.routing.types import Hints, Priority
+from gateway.orchestrator import Group, Orchestrator, PlacementRejected, SequenceRequest
+from gateway.routing.receipts import TraceContext
+from gateway.routing.types import Cause, Hints, Priority, Rejection
+from gateway.tracing import Tracer
+from tests.collector import collecting
 
 
 class Recorder:
@@ -23,16 +26,28 @@ class Recorder:
         self.added: list[SequenceRequest] = []
         self.hints: list[Hints] = []
         self.refused_hints: list[Hints] = []
+        self.rejection: Rejection | None = None
+        self.traces: list[TraceContext | None] = []
 
-    def new_group(self, receipt_id: str, num_choices: int, received_s: float | None, hints: Hints | None) -> Group:
-        return Group(receipt_id, num_choices, 0.0, hints or Hints())
+    def new_group(
+        self,
+        receipt_id: str,
+        num_choices: int,
+        received_s: float | None,
+        hints: Hints | None,
+        trace: TraceContext | None,
+    ) -> Group:
+        return Group(receipt_id, num_choices, 0.0, hints or Hints(), trace)
 
     def await_response(self, group: Group) -> None:
         """What its response says is of no interest here."""
 
     def add(self, request: SequenceRequest, group: Group) -> None:
+        if self.rejection:
+            raise PlacementRejected(self.rejection)
         self.added.append(request)
         self.hints.append(group.hints)
+        self.traces.append(group.trace)
 
     def refused(self, group: Group) -> None:
         self.refused_hints.append(group.hints)
@@ -125,3 +140,47 @@ def test_more_choices_than_the_tenant_may_have_reach_nobody_but_the_session_is_b
         asyncio.run(asked(entry, num_choices=3, recorder=recorder))
     assert recorder.added == []
     assert recorder.refused_hints == [ALICE.cap(Hints(Priority.HIGH, session="s"))]
+
+
+TRACE_ID, PARENT_ID = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+
+
+async def traced(recorder: Recorder, tracer: Tracer | None, num_prompts: int = 1) -> None:
+    """One HTTP request in its client's trace."""
+    client = ClusterCoreClient(cast(Orchestrator, recorder), tracer)
+    http = context.RequestContext("r", 0.0, trace_headers={"traceparent": f"00-{TRACE_ID}-{PARENT_ID}-01"})
+    token = context.current.set(http)
+    try:
+        for _ in range(num_prompts):
+            with client.group(1):
+                await client.add_request_async(core_request(SamplingParams(max_tokens=5)))
+    finally:
+        context.current.reset(token)
+
+
+def test_each_prompt_of_a_request_has_a_span_of_its_own_in_the_clients_trace() -> None:
+    recorder = Recorder()
+    tracer = Tracer("http://127.0.0.1:9", 1.0, "gateway-1", lambda cause, num_spans: None)
+    asyncio.run(traced(recorder, tracer, num_prompts=2))
+    tracer.close()
+    assert [(trace.trace_id, trace.parent_id) for trace in recorder.traces if trace] == [(TRACE_ID, PARENT_ID)] * 2
+    assert len({trace.span_id for trace in recorder.traces if trace}) == 2
+
+
+def test_without_a_tracer_a_clients_trace_goes_no_further() -> None:
+    recorder = Recorder()
+    asyncio.run(traced(recorder, None))
+    assert recorder.traces == [None]
+
+
+def test_a_refusal_ends_the_trace_of_its_request() -> None:
+    recorder = Recorder()
+    recorder.rejection = Rejection(503, "full", 1, Cause.GATEWAY_FULL)
+    with collecting() as collector:
+        tracer = Tracer(collector.url, 1.0, "gateway-1", lambda cause, num_spans: None)
+        with pytest.raises(GracefulHTTPError):
+            asyncio.run(traced(recorder, tracer))
+        tracer.close()
+        (received,) = collector.trace(TRACE_ID)
+        assert received.attributes["baton.refusal"] == Cause.GATEWAY_FULL.value
+        assert received.span.parent_span_id.hex() == PARENT_ID

@@ -257,6 +257,17 @@ class TestWire:
         fields = set(SchedulerIterationDetails.__dataclass_fields__)
         assert {"num_ctx_requests", "num_ctx_tokens"} <= fields
 
+    def test_an_engine_core_tells_a_requests_trace_back_and_makes_no_span_of_it(self):
+        """Spans of requests are made where outputs become text, which is in the gateway: so Baton makes the engines'
+        (docs/adr/0021). If a version makes them in the engine, they join the trace by these headers."""
+        from vllm.v1.core.sched import scheduler
+        from vllm.v1.engine import core, output_processor
+
+        assert "trace_headers=request.trace_headers" in inspect.getsource(scheduler.Scheduler.update_from_output)
+        assert "instrument_manual(" in inspect.getsource(output_processor.OutputProcessor.do_tracing)
+        for module in (core, scheduler):
+            assert "instrument_manual" not in inspect.getsource(module)
+
     def test_outputs_carry_the_time_of_the_machines_monotonic_clock(self):
         import time
 

@@ -332,6 +332,26 @@ def test_of_a_header_that_is_sent_twice_the_first_counts() -> None:
     simulate(main)
 
 
+def test_a_requests_trace_is_noted_and_goes_no_further() -> None:
+    async def main() -> None:
+        noted: list[dict[str, str]] = []
+        echo = Echo()
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            request = context.current.get()
+            assert request is not None
+            noted.append(request.trace_headers)
+            await echo(scope, receive, send)
+
+        headers = {"traceparent": "00-1-2-01", "tracestate": "a=1", "accept": "*/*"}
+        await Exchange(incoming=body_of({"model": "m"}), headers=headers).run(ResponseStart(intake(app)))
+        assert noted == [{"traceparent": "00-1-2-01", "tracestate": "a=1"}]
+        assert echo.scope is not None
+        assert {name for name, _ in echo.scope["headers"]} == {b"accept", b"content-length"}
+
+    simulate(main)
+
+
 def test_what_the_headers_say_of_a_request_is_noted() -> None:
     async def main() -> None:
         noted, _ = await hints_of({"x-baton-priority": "low", "x-baton-ttft-deadline-ms": "1500"})

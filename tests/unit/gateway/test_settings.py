@@ -316,3 +316,22 @@ def test_a_pool_that_cannot_grow_as_it_says_is_refused(tmp_path: Path, pool: str
 def test_a_prefill_pool_that_grows_begins_with_a_replica(tmp_path: Path) -> None:
     text = GOOD.replace("pools:\n", "pools:\n  prefill: {replicas: 0, max_replicas: 2, device: cpu}\n")
     assert "a pool that grows begins with one replica or more" in refusal(written(tmp_path, text))
+
+
+def test_nothing_is_traced_unless_a_collector_is_named(tmp_path: Path, config: Path) -> None:
+    assert load(config).tracing is None
+    traced = load(written(tmp_path, GOOD + "tracing: {otlp_endpoint: 'http://collector:4318'}\n")).tracing
+    assert traced is not None
+    assert (traced.otlp_endpoint, traced.sample_ratio) == ("http://collector:4318", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("tracing", "key"),
+    [
+        ("otlp_endpoint: 'collector:4318'", "tracing.otlp_endpoint"),
+        ("sample_ratio: 0.5", "tracing.otlp_endpoint"),
+        ("otlp_endpoint: 'http://c', sample_ratio: 1.5", "tracing.sample_ratio"),
+    ],
+)
+def test_a_collector_has_an_address_and_a_ratio_is_one(tmp_path: Path, tracing: str, key: str) -> None:
+    assert f"{key}: " in refusal(written(tmp_path, GOOD + f"tracing: {{{tracing}}}\n"))
