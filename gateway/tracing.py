@@ -29,6 +29,9 @@ MAX_WAITING = 8192
 MAX_INSTANCES = 1024
 """Whose resources are kept at hand; to make one takes longer than its span."""
 
+BATCH_EVERY_MS = 1000
+"""`baton serve` that is stopped ends its gateways at once: so long a time's spans may be lost with them."""
+
 EXPORT_TIMEOUT_S = 5.0
 """Of one batch, with the exporter's own retries."""
 
@@ -57,7 +60,7 @@ class Tracer:
         )
         self._scope = InstrumentationScope("baton", version("baton-gateway"))
         self._exporter = _Counting(OTLPSpanExporter(endpoint.rstrip("/") + PATH, timeout=EXPORT_TIMEOUT_S), dropped)
-        self._processor = BatchSpanProcessor(self._exporter, max_queue_size=MAX_WAITING)
+        self._processor = BatchSpanProcessor(self._exporter, MAX_WAITING, BATCH_EVERY_MS)
         self._num_given = 0
 
     def begin(self, headers: Mapping[str, str]) -> TraceContext | None:
