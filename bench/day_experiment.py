@@ -14,11 +14,6 @@ from bench.replay_search import fitted
 from bench.results import Setting
 
 
-def _ignore_interrupts() -> None:
-    # The parent is interrupted too, and ends this process.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def day(plan: DayPlan) -> DayFigures:
     """In this process. Raises what the run raises."""
     return run_day(plan, fitted(plan.run.trace, plan.run.model))
@@ -52,8 +47,13 @@ class Experiment:
         """Raises KeyboardInterrupt; no process is left then."""
         plan = self.report.plan
         context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(plan.shards, mp_context=context, initializer=_ignore_interrupts)
-        jobs = {pool.submit(day, one): one for one in plans(plan)}
+        pool = ProcessPoolExecutor(plan.shards, mp_context=context)
+        # Workers are born here, deaf to Ctrl-C, which reaches them too: this process ends them (`bench.workers`).
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        try:
+            jobs = {pool.submit(day, one): one for one in plans(plan)}
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         try:
             for job in as_completed(jobs):
                 try:
