@@ -152,7 +152,7 @@ def test_load_and_metrics_are_the_operators(site: Site) -> None:
     assert is_openai_error(403, refused.json())
     assert "baton_requests_total" in site.get("ops", "/metrics").text
     tenants_status, operators_status = (site.get(name, "/baton/status").json() for name in ("alice", "ops"))
-    assert set(operators_status) - set(tenants_status) == {"learnt"}
+    assert set(operators_status) - set(tenants_status) == {"learnt", "proposals"}
     (tenants_view,), (operators_view,) = (status["pools"]["decode"] for status in (tenants_status, operators_status))
     assert set(tenants_view) == {"id", "phase", "attached", "ready", "info"}
     assert set(operators_view) > {"load", "cached_kv_blocks", "in_flight_tokens"}
