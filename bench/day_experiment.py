@@ -1,9 +1,6 @@
 """Owns the experiment `scaling`: each day of traffic with pools that are sized, and with pools of a fixed size."""
 
-import multiprocessing
-import signal
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 
 from bench.day import DayFigures, DayPlan
@@ -12,11 +9,20 @@ from bench.day_report import DayFailed, ScalingPlan, ScalingReport, day_line
 from bench.replay_plan import RunPlan, Shape
 from bench.replay_search import fitted
 from bench.results import Setting
+from bench.workers import WorkerDied, spread
 
 
 def day(plan: DayPlan) -> DayFigures:
     """In this process. Raises what the run raises."""
     return run_day(plan, fitted(plan.run.trace, plan.run.model))
+
+
+def work(plan: DayPlan) -> Iterator[DayFigures | DayFailed]:
+    """What a run raises is a result."""
+    try:
+        yield day(plan)
+    except Exception as error:
+        yield DayFailed(f"{plan.name} seed {plan.run.seed}", repr(error))
 
 
 def plans(plan: ScalingPlan) -> Iterator[DayPlan]:
@@ -46,29 +52,20 @@ class Experiment:
     def run(self) -> None:
         """Raises KeyboardInterrupt; no process is left then."""
         plan = self.report.plan
-        context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(plan.shards, mp_context=context)
-        # Workers are born here, deaf to Ctrl-C, which reaches them too: this process ends them (`bench.workers`).
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         try:
-            jobs = {pool.submit(day, one): one for one in plans(plan)}
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-        try:
-            for job in as_completed(jobs):
-                try:
-                    figures = job.result()
-                except Exception as error:
-                    failed = DayFailed(f"{jobs[job].name} seed {jobs[job].run.seed}", repr(error))
-                    self._say(f"{failed.name} failed: {failed.error}")
-                    self.report = replace(self.report, failed=(*self.report.failed, failed))
-                else:
-                    self._say(day_line(figures))
-                    self.report = replace(self.report, days=(*self.report.days, figures))
-                self._save(self.report)
-        finally:
-            for process in list((pool._processes or {}).values()):
-                process.terminate()
-            pool.shutdown(cancel_futures=True)
+            spread(list(plans(plan)), work, plan.shards, self._take)
+        except WorkerDied as error:
+            self._take(DayFailed("a run", str(error)))
         self.report = replace(self.report, complete=True)
+        self._save(self.report)
+
+    def _take(self, result: DayFigures | DayFailed) -> None:
+        report = self.report
+        match result:
+            case DayFigures():
+                self._say(day_line(result))
+                self.report = replace(report, days=(*report.days, result))
+            case DayFailed():
+                self._say(f"{result.name} failed: {result.error}")
+                self.report = replace(report, failed=(*report.failed, result))
         self._save(self.report)

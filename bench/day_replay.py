@@ -6,14 +6,12 @@ The pure function that sizes them is the one that ships (`gateway.scaling.sizing
 
 import asyncio
 import gc
-import logging
 import time
 from dataclasses import dataclass
 
 from bench.day import DayFigures, DayPlan, Moment, day_figures
-from bench.replay import START_TIMEOUT_S, Replay
+from bench.replay import START_TIMEOUT_S, Replay, undisturbed
 from bench.traces import Trace, cut_trace
-from bench.virtual_time import VirtualTimeLoop
 from engine.protocol import Phase
 from gateway.scaling.sizing import Bounds, Memory, PoolSizes, size_pools
 
@@ -23,17 +21,8 @@ COLLECT_EVERY_S = 3600.0
 def run_day(plan: DayPlan, trace: Trace) -> DayFigures:
     """Takes no time of its own but computing. Raises RuntimeError when nothing is left that could ever happen."""
     began_s = time.process_time()
-    logger = logging.getLogger("baton")
-    before = logger.level
-    logger.setLevel(logging.CRITICAL)
-    gc.disable()
-    try:
-        with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
-            day = runner.run(_day(plan, cut_trace(trace, plan.run.roofline.model.max_model_len)))
-    finally:
-        logger.setLevel(before)
-        gc.enable()
-        gc.collect()
+    with undisturbed() as runner:
+        day = runner.run(_day(plan, cut_trace(trace, plan.run.roofline.model.max_model_len)))
     cpu_s = time.process_time() - began_s
     gpu_s = day.gpu_used_s(Phase.PREFILL), day.gpu_used_s(Phase.DECODE)
     changes = day.num_started, day.num_left

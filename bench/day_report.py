@@ -7,7 +7,7 @@ from rich import box
 from rich.table import Table
 
 from bench.day import DayFigures, Traffic
-from bench.replay_plan import SLO, Shape
+from bench.replay_plan import SLO_SHARE, Shape
 from bench.results import Setting
 from bench.targets import ReportTarget
 
@@ -79,7 +79,7 @@ class ScalingReport:
         """For each traffic and seed by the sized pools that need fewest GPU-hours and keep the service level."""
         best: dict[tuple[str, int], float | None] = {}
         for one in self.comparisons():
-            if one.scaled.slo_share >= SLO.share and (one.traffic, one.seed) not in best:
+            if one.scaled.slo_share >= SLO_SHARE and (one.traffic, one.seed) not in best:
                 best[one.traffic, one.seed] = one.ratio
         ratios = [best.get((name, seed)) for name, _ in self.plan.traffics for seed in self.plan.seeds]
         known = [ratio for ratio in ratios if ratio is not None]

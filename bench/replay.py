@@ -7,6 +7,7 @@ trajectories are under way already, as if they had come at the same rate before 
 """
 
 import asyncio
+import contextlib
 import gc
 import itertools
 import logging
@@ -65,18 +66,8 @@ def run(plan: RunPlan, trace: Trace) -> RunFigures:
     """Takes no time of its own but computing. `trace` is cut to what the model's context holds. Raises RuntimeError
     when nothing is left that could ever happen."""
     began_s = time.process_time()
-    logger = logging.getLogger("baton")
-    before = logger.level
-    logger.setLevel(logging.CRITICAL)
-    # Millions of small objects live as long as the run: looking through them for garbage takes as long as the rest.
-    gc.disable()
-    try:
-        with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
-            replay = runner.run(_replay(plan, cut_trace(trace, plan.roofline.model.max_model_len)))
-    finally:
-        logger.setLevel(before)
-        gc.enable()
-        gc.collect()
+    with undisturbed() as runner:
+        replay = runner.run(_replay(plan, cut_trace(trace, plan.roofline.model.max_model_len)))
     return figures(
         plan,
         replay.measured_turns(),
@@ -86,6 +77,23 @@ def run(plan: RunPlan, trace: Trace) -> RunFigures:
         replay.gpu_s,
         time.process_time() - began_s,
     )
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[asyncio.Runner]:
+    """Runs in virtual time, without logs and garbage collections."""
+    logger = logging.getLogger("baton")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    # Millions of small objects live as long as the run: looking through them for garbage takes as long as the rest.
+    gc.disable()
+    try:
+        with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+            yield runner
+    finally:
+        logger.setLevel(before)
+        gc.enable()
+        gc.collect()
 
 
 async def _replay(plan: RunPlan, trace: Trace) -> "Replay":

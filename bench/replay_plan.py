@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from bench.stats import Percentiles, percentiles
 from engine.roofline import ROOFLINES, Roofline
+from gateway.scaling.demand import ServiceLevel
 
 
 @dataclass(frozen=True)
@@ -34,18 +35,10 @@ class Shape:
         raise ValueError(f"{text!r} is no shape; write PREFILLxDECODE as in 2x2, or aggregated-4")
 
 
-@dataclass(frozen=True)
-class ServiceLevel:
-    """What a turn must keep: its first token within `fixed_s` and `per_cold_s` times what an idle engine needs to read
-    its whole prompt, and then no longer than `tpot_s` a token on average. A turn that was refused has missed it."""
-
-    fixed_s: float = 2.0
-    per_cold_s: float = 1.5
-    tpot_s: float = 0.05
-    share: float = 0.95
-
-
 SLO = ServiceLevel()
+"""What a turn must keep: what pools are sized for (`gateway.scaling`). A turn that was refused has missed it."""
+SLO_SHARE = 0.95
+"""Of the turns, that must keep it."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +97,8 @@ class TurnResult:
         return (self.turn_s - self.ttft_s) / (self.num_output_tokens - 1) if self.num_output_tokens > 1 else 0.0
 
     def keeps(self, slo: ServiceLevel) -> bool:
-        in_time = self.ttft_s <= slo.fixed_s + slo.per_cold_s * self.cold_s
-        return in_time and self.tpot_s <= slo.tpot_s and not self.num_refusals and not self.failed
+        in_time = slo.keeps_ttft(self.ttft_s, self.cold_s) and slo.keeps_tpot(self.tpot_s)
+        return in_time and not self.num_refusals and not self.failed
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +155,7 @@ class RunFigures:
 
     @property
     def keeps_slo(self) -> bool:
-        return self.slo_share >= SLO.share
+        return self.slo_share >= SLO_SHARE
 
 
 def figures(

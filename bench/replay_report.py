@@ -8,7 +8,7 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
-from bench.replay_plan import SLO, RunFigures, RunPlan, Shape
+from bench.replay_plan import SLO, SLO_SHARE, RunFigures, RunPlan, Shape
 from bench.replay_search import Failed, Goodput, Tuned
 from bench.replay_tuning import TUNING_LOAD, TUNING_SEED
 from bench.results import Setting
@@ -206,8 +206,8 @@ def tuning_table(report: ReplayReport) -> Table:
 
 def goodput_table(report: ReplayReport) -> Table:
     table = Table(
-        title=f"Goodput: trajectories per minute with {SLO.share:.0%} of turns in SLO (TTFT {SLO.fixed_s:g} s + "
-        f"{SLO.per_cold_s:g} x cold, TPOT {SLO.tpot_s * 1000:g} ms), mean of seeds; and as a share of the bound",
+        title=f"Goodput: trajectories per minute with {SLO_SHARE:.0%} of turns in SLO (TTFT {SLO.ttft_s:g} s + "
+        f"{SLO.ttft_per_read:g} x cold, TPOT {SLO.tpot_s * 1000:g} ms), mean of seeds; and as a share of the bound",
         box=box.SIMPLE_HEAD,
     )
     for column in ("trace", "shape"):

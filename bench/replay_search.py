@@ -2,26 +2,19 @@
 
 import enum
 import functools
-import multiprocessing
-import queue
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from bench import workers
 from bench.oracle import Limits, capacity_per_s
 from bench.replay import run
 from bench.replay_plan import RunFigures, RunPlan, Shape
 from bench.replay_tuning import TUNABLE, TUNING_LOAD, TUNING_SEED
 from bench.trace_files import read
 from bench.traces import Trace, cut_trace
-from bench.workers import started
 from engine.roofline import ROOFLINES
 
-if TYPE_CHECKING:
-    from multiprocessing.queues import Queue
-
-POLL_S = 1.0
 FIRST_LOAD = 0.2
 """Of the oracle's bound, where the search begins."""
 WIDEN = 1.6
@@ -160,42 +153,11 @@ def work(job: Job) -> Iterator[Result]:
 
 
 def spread(jobs: Sequence[Job], num_shards: int, took: Callable[[Result], None]) -> None:
-    """Works all jobs off in so many processes, or in this one, and hands each result over as it comes. Raises
-    KeyboardInterrupt when it is interrupted; no process is left then."""
-    if num_shards == 1:
-        for job in jobs:
-            for result in work(job):
-                took(result)
-        return
-    context = multiprocessing.get_context("spawn")
-    results: Queue[Result | None] = context.Queue()
-    waiting: Queue[Job | None] = context.Queue()
-    for job in jobs:
-        waiting.put(job)
-    processes = [context.Process(target=_serve, args=(waiting, results), daemon=True) for _ in range(num_shards)]
-    for _ in processes:
-        waiting.put(None)
-    left = len(jobs)
-    with started(processes):
-        while left:
-            try:
-                result = results.get(timeout=POLL_S)
-            except queue.Empty:
-                if dead := [p.exitcode for p in processes if p.exitcode not in (None, 0)]:
-                    took(Failed(jobs[0].plan, f"a process of the replay ended with {dead}; its job is lost"))
-                    return
-                continue
-            if result is None:
-                left -= 1
-            else:
-                took(result)
-
-
-def _serve(jobs: "Queue[Job | None]", results: "Queue[Result | None]") -> None:
-    while (job := jobs.get()) is not None:
-        for result in work(job):
-            results.put(result)
-        results.put(None)
+    """`bench.workers.spread`; what a process does not survive is a result too."""
+    try:
+        workers.spread(jobs, work, num_shards, took)
+    except workers.WorkerDied as error:
+        took(Failed(jobs[0].plan, str(error)))
 
 
 def plans(

@@ -1,10 +1,8 @@
 """Owns where a replica's log lines go, and how they name the request that they concern."""
 
-import contextlib
 import contextvars
 import logging
 import logging.handlers
-from collections.abc import Iterator
 
 REQUEST_ID = "baton_request_id"
 """The field of a line that has it: what clients get as `x-baton-request-id`, of a request's further prompts with its
@@ -13,16 +11,24 @@ number."""
 _current: contextvars.ContextVar[str | None] = contextvars.ContextVar(REQUEST_ID, default=None)
 
 
-@contextlib.contextmanager
-def about(request_id: str) -> Iterator[None]:
-    """What is logged within, and by tasks that begin within, concerns this request."""
-    token = _current.set(request_id)
-    try:
-        yield
-    finally:
-        # A generator that is closed elsewhere ends in another context.
-        with contextlib.suppress(ValueError):
-            _current.reset(token)
+class about:
+    """`with about(id)`: what is logged within, and by tasks that begin within, concerns this request. Once a token goes
+    through it, so it is no generator."""
+
+    __slots__ = ("_request_id", "_token")
+
+    def __init__(self, request_id: str) -> None:
+        self._request_id = request_id
+
+    def __enter__(self) -> None:
+        self._token = _current.set(self._request_id)
+
+    def __exit__(self, *_: object) -> None:
+        try:  # noqa: SIM105  suppress takes longer than all the rest
+            _current.reset(self._token)
+        except ValueError:
+            # A generator that is closed elsewhere ends in another context.
+            pass
 
 
 class NameRequest(logging.Filter):

@@ -83,6 +83,10 @@ class Replica:
     def attached(self) -> bool:
         return self.info is not None
 
+    def hands_over_to(self, other: "Replica") -> bool:
+        """Whether blocks can go from one to the other; False while one of them is not known."""
+        return self.info is not None and other.info is not None and self.info.kv_format == other.info.kv_format
+
     @property
     def all_in_flight(self) -> InFlight:
         """What all gateways have in flight here."""

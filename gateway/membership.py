@@ -281,7 +281,7 @@ class Membership:
         """Raises ReplicaGoneError, InvalidEngineRequestError, TimeoutError."""
         decode = replica.phase is Phase.DECODE
         pool = self._cluster.pool(Phase.PREFILL if decode else Phase.DECODE)
-        others = [other for other in pool if self._takes_requests(other) and _hand_over(other, replica)]
+        others = [other for other in pool if self._takes_requests(other) and other.hands_over_to(replica)]
         if decode and not others:
             await self._probe(replica, None)
         for other in others:
@@ -335,11 +335,6 @@ class Membership:
         if delta.finish_reason is FinishReason.ERROR:
             raise ReplicaGoneError(f"{replica.replica_id} failed a warm-up: {delta.error}")
         return delta
-
-
-def _hand_over(one: Replica, other: Replica) -> bool:
-    """Whether blocks can go from one to the other."""
-    return one.info is not None and other.info is not None and one.info.kv_format == other.info.kv_format
 
 
 async def _ended(task: asyncio.Task[None]) -> None:

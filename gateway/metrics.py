@@ -197,7 +197,7 @@ def count(receipt: Receipt) -> None:
     KV_ASKED_BYTES.inc(outcome.kv_bytes_asked)
     if outcome.ttft_ms is not None:
         TTFT.labels(split).observe(outcome.ttft_ms / 1000)
-    if (tpot_s := _tpot_s(receipt)) is not None:
+    if (tpot_s := receipt.tpot_s) is not None:
         TPOT.labels(split).observe(tpot_s)
     if outcome.duration_ms is not None:
         DURATION.observe(outcome.duration_ms / 1000)
@@ -213,18 +213,10 @@ def _predictions(receipt: Receipt) -> Iterator[tuple[str, float, float]]:
         return
     if outcome.ttft_ms:
         yield "ttft", receipt.request.waited_s + predicted.ttft_s, outcome.ttft_ms / 1000
-    if tpot_s := _tpot_s(receipt):
+    if tpot_s := receipt.tpot_s:
         yield "tpot", predicted.tpot_s, tpot_s
     if predicted.cached_tokens or outcome.reused_tokens:
         yield "cached_tokens", predicted.cached_tokens, max(outcome.reused_tokens, 1)
-
-
-def _tpot_s(receipt: Receipt) -> float | None:
-    """None for an answer that is not whole, or has one token for each choice."""
-    outcome, num_choices = receipt.outcome, receipt.request.num_choices
-    if outcome.status != "finished" or outcome.times_ms.decode is None or outcome.output_tokens <= num_choices:
-        return None
-    return outcome.times_ms.decode / 1000 / (outcome.output_tokens / num_choices - 1)
 
 
 def _deadline_met(receipt: Receipt) -> bool | None:

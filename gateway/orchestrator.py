@@ -484,8 +484,8 @@ class Orchestrator:
         was_open = sequence.state.stage is not Stage.DONE
         before = sequence.state
         sequence.state, actions = lifecycle.advance(before, event)
-        num_faults = len(sequence.state.faults) - len(before.faults)
-        sequence.history.faults_s += [self._clock()] * num_faults
+        if num_faults := len(sequence.state.faults) - len(before.faults):
+            sequence.history.faults_s += [self._clock()] * num_faults
         if sequence.state.engine_request_id != before.engine_request_id:
             self._by_engine_id[sequence.state.engine_request_id] = sequence
             self.cluster.sent(sequence.state.decode, sequence.state.engine_request_id, self._num_tokens(sequence))
@@ -581,9 +581,8 @@ class Orchestrator:
             assert group.receipt is not None
             receipt = dataclasses.replace(group.receipt, outcome=self._outcome(group))
             if receipt.outcome.status == "finished":
-                num_tokens = receipt.outcome.output_tokens // len(group.sequences)
-                self.cluster.answered(num_tokens)
-                self._measure(receipt.outcome, num_tokens)
+                self.cluster.answered(receipt.outcome.output_tokens // len(group.sequences))
+                self._measure(receipt)
             group.receipt = receipt
             self.receipts.put(receipt)
             try:
@@ -595,15 +594,15 @@ class Orchestrator:
                 log.exception("the end of %s could not be told", receipt.request_id)
         self._membership.let_go_of_leavers()
 
-    def _measure(self, outcome: Outcome, num_tokens: int) -> None:
-        """Whether a turn was in time; `num_tokens`: of one of its answers."""
+    def _measure(self, receipt: Receipt) -> None:
+        """Whether a turn was in time."""
+        outcome = receipt.outcome
         if outcome.ttft_ms is None:
             return
         costs = self.cluster.costs
         read = (costs.prefill if self.cluster.expects_prefill else costs.decode).read
         cold_read_s = read.seconds(outcome.prompt_tokens, outcome.prompt_tokens)
-        tpot_s = (outcome.times_ms.decode or 0.0) / 1000 / max(num_tokens - 1, 1)
-        self._demand.ended(self._clock(), outcome.ttft_ms / 1000, cold_read_s, tpot_s)
+        self._demand.ended(self._clock(), outcome.ttft_ms / 1000, cold_read_s, receipt.tpot_s or 0.0)
 
     @staticmethod
     def _has_ended(group: Group) -> bool:
@@ -868,7 +867,7 @@ class Orchestrator:
         for replica in self.cluster.pool(through_pool):
             if not replica.attached or through not in (None, replica.replica_id):
                 continue
-            if source and source.info and replica.info and source.info.kv_format != replica.info.kv_format:
+            if source and source.attached and not source.hands_over_to(replica):
                 continue
             try:
                 await self._transport.release(replica.replica_id, f"release-{handoff.source_request_id}", handoff)

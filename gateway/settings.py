@@ -87,12 +87,14 @@ class PoolSettings(Section):
 
     @model_validator(mode="after")
     def _can_grow(self) -> Self:
-        if self.max_replicas is not None and self.max_replicas < max(self.replicas, 1):
+        if self.max_replicas is None:
+            return self
+        if self.max_replicas < self.replicas:
             raise ValueError(
                 f"max_replicas is {self.max_replicas}, and replicas, the fewest that there are, is {self.replicas}; "
                 "raise the one or lower the other"
             )
-        if self.max_replicas is not None and not self.replicas:
+        if not self.replicas:
             raise ValueError(
                 "a pool that grows begins with one replica or more; set replicas to 1, or drop max_replicas"
             )

@@ -8,6 +8,7 @@ import typer
 from rich.markup import escape
 
 from bench.commands.terminal import (
+    check_names,
     drawing,
     end,
     fail,
@@ -15,6 +16,7 @@ from bench.commands.terminal import (
     num_missed,
     parse_names,
     parse_reals,
+    parse_shapes,
 )
 from bench.interrupts import interrupt_once
 from bench.results import gather_setting, write_json
@@ -44,7 +46,6 @@ def replay(
     console = make_console()
     from bench.replay import REPLAYED
     from bench.replay_experiment import Experiment as ReplayExperiment
-    from bench.replay_plan import Shape
     from bench.replay_report import ReplayPlan, ReplayReport, goodput_table, run_tables, targets, tuning_table
     from bench.replay_tuning import TUNING_SEED
     from bench.traces import TraceError
@@ -52,14 +53,10 @@ def replay(
     from gateway.routing.policies import POLICIES
 
     draw = drawing(plot, "replay_plot")
-    if unknown := [name for name in parse_names(policies) if name not in REPLAYED]:
-        fail(f"--policies names {', '.join(unknown)}; there are {', '.join(REPLAYED)}")
+    check_names(parse_names(policies), REPLAYED, "--policies")
     if model not in ROOFLINES:
         fail(f"--model is {model!r}; there are {', '.join(ROOFLINES)}")
-    try:
-        parsed = tuple(Shape.parse(name) for name in parse_names(shapes))
-    except ValueError as error:
-        fail(f"--shapes: {error}")
+    parsed = parse_shapes(shapes, "--shapes")
     if tune and TUNING_SEED in parse_reals(seeds, "--seeds"):
         fail(f"--seeds has {TUNING_SEED}, with which constants are tuned; give others")
     if len({shape.num_gpus for shape in parsed}) > 1:

@@ -7,6 +7,7 @@ import typer
 from rich.markup import escape
 
 from bench.commands.terminal import (
+    check_names,
     drawing,
     end,
     fail,
@@ -14,6 +15,7 @@ from bench.commands.terminal import (
     num_missed,
     parse_names,
     parse_reals,
+    parse_shapes,
 )
 from bench.interrupts import interrupt_once
 from bench.results import gather_setting, write_json
@@ -43,25 +45,18 @@ def scaling(
     from bench.day_experiment import Experiment
     from bench.day_report import ScalingPlan, ScalingReport, day_tables, targets
     from bench.replay import REPLAYED
-    from bench.replay_plan import Shape
     from bench.traces import TraceError
     from engine.roofline import ROOFLINES
 
     draw = drawing(plot, "day_plot")
-    if policy not in REPLAYED:
-        fail(f"--policy is {policy!r}; there are {', '.join(REPLAYED)}")
+    check_names([policy], REPLAYED, "--policy")
     if model not in ROOFLINES:
         fail(f"--model is {model!r}; there are {', '.join(ROOFLINES)}")
     day_s = (2.0 if quick else hours) * 3600
     bursty = Traffic(per_minute / 60, day_s)
     known = {"diurnal": Traffic(per_minute / 60, day_s, num_bursts=0), "bursty": bursty}
-    if unknown := [name for name in parse_names(traffic) if name not in known]:
-        fail(f"--traffic names {', '.join(unknown)}; there are {', '.join(known)}")
-    try:
-        fixed = tuple(Shape.parse(name) for name in parse_names(static))
-        limits = tuple(Shape.parse(name) for name in parse_names(most))
-    except ValueError as error:
-        fail(f"--static and --most: {error}")
+    check_names(parse_names(traffic), known, "--traffic")
+    fixed, limits = parse_shapes(static, "--static"), parse_shapes(most, "--most")
     plan = ScalingPlan(
         str(trace),
         policy,

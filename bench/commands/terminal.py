@@ -1,7 +1,7 @@
 """Owns what all commands do alike: what they say, how they read options, how they end."""
 
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from bench.interrupts import INTERRUPTED
+from bench.replay_plan import Shape
 from bench.results import EngineKind
 from bench.systems import StartFailed
 from bench.targets import R, ReportTarget
@@ -85,6 +86,18 @@ def parse_reals(text: str, option: str) -> tuple[float, ...]:
     if not all(0 <= number < float("inf") for number in numbers):
         fail(f"{option} is {text!r}; give numbers with commas between them, e.g. 0.25,1")
     return numbers
+
+
+def parse_shapes(text: str, option: str) -> tuple[Shape, ...]:
+    try:
+        return tuple(Shape.parse(name) for name in parse_names(text))
+    except ValueError as error:
+        fail(f"{option}: {error}")
+
+
+def check_names(names: Iterable[str], known: Collection[str], option: str) -> None:
+    if unknown := [name for name in names if name not in known]:
+        fail(f"{option} names {', '.join(unknown)}; there are {', '.join(known)}")
 
 
 def fail(message: str) -> NoReturn:

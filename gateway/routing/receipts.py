@@ -121,6 +121,15 @@ class Receipt:
     rank_ms: int | None = None
     trace: TraceContext | None = None
 
+    @property
+    def tpot_s(self) -> float | None:
+        """Seconds from one token of an answer to its next, on average. None for an answer that is not whole, or has one
+        token for each choice."""
+        outcome, num_choices = self.outcome, self.request.num_choices
+        if outcome.status != "finished" or outcome.times_ms.decode is None or outcome.output_tokens <= num_choices:
+            return None
+        return outcome.times_ms.decode / 1000 / (outcome.output_tokens / num_choices - 1)
+
     def as_json(self) -> dict[str, Any]:
         data = msgspec.to_builtins(self)
         data["reason"] = self.placement.reason

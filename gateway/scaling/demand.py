@@ -24,6 +24,13 @@ class ServiceLevel:
     ttft_per_read: float = 1.5
     tpot_s: float = 0.05
 
+    def keeps_ttft(self, ttft_s: float, cold_read_s: float) -> bool:
+        """`cold_read_s`: what an idle engine takes for the whole prompt."""
+        return ttft_s <= self.ttft_s + self.ttft_per_read * cold_read_s
+
+    def keeps_tpot(self, tpot_s: float) -> bool:
+        return tpot_s <= self.tpot_s
+
 
 @dataclass(frozen=True, slots=True)
 class Demand:
@@ -96,10 +103,10 @@ class DemandMeter:
 
     def ended(self, now_s: float, ttft_s: float, cold_read_s: float, tpot_s: float) -> None:
         """A turn was answered. `cold_read_s`: what an idle engine takes for its whole prompt."""
-        now, slo = self._second(now_s), self._slo
+        now = self._second(now_s)
         now.num_ended += 1
-        now.num_ttft_kept += ttft_s <= slo.ttft_s + slo.ttft_per_read * cold_read_s
-        now.num_tpot_kept += tpot_s <= slo.tpot_s
+        now.num_ttft_kept += self._slo.keeps_ttft(ttft_s, cold_read_s)
+        now.num_tpot_kept += self._slo.keeps_tpot(tpot_s)
 
     def demand(self, now_s: float, costs: Costs, decode: Iterable[ReplicaView]) -> Demand:
         """`decode`: the replicas as this gateway sees them, with what it has there itself."""

@@ -16,7 +16,7 @@ from bench.commands.app import app
 from bench.oracle import Limits, session_spans, turn_s
 from bench.replay import REPLAYED, Replay, run
 from bench.replay_experiment import Experiment
-from bench.replay_plan import RunFigures, RunPlan, ServiceLevel, Shape, TurnResult, figures
+from bench.replay_plan import RunFigures, RunPlan, Shape, TurnResult, figures
 from bench.replay_report import ReplayPlan, ReplayReport
 from bench.replay_search import Goodput, Job, Result, Task, Tuned, at_load, bound_per_s, fitted, search, tune
 from bench.replay_text import SessionText, Texts
@@ -28,6 +28,7 @@ from engine.roofline import ROOFLINES
 from engine.simulated import SimulatedEngine
 from gateway.orchestrator import Orchestrator
 from gateway.routing.policies import POLICIES
+from gateway.scaling.demand import ServiceLevel
 from tests.unit.bench.traces import write_sessions
 
 MODEL = "qwen3-coder-30b-a3b-fp8-h100"
@@ -126,7 +127,7 @@ def test_a_shape_is_read_from_its_name() -> None:
 
 
 def test_a_turn_keeps_the_service_level_with_both_its_times_and_without_a_refusal() -> None:
-    slo = ServiceLevel(fixed_s=1.0, per_cold_s=2.0, tpot_s=0.1)
+    slo = ServiceLevel(ttft_s=1.0, ttft_per_read=2.0, tpot_s=0.1)
     good = TurnResult(0.0, 2.9, 3.8, 100, 10, 0, 0, 100, 0, cold_s=1.0, num_refusals=0)
     assert good.tpot_s == pytest.approx(0.1)
     assert good.keeps(slo)
