@@ -432,6 +432,9 @@ def _while_placing(state: SequenceState, event: Event) -> Transition:
 
 def _while_decoding(state: SequenceState, event: Event) -> Transition:
     match event:
+        case Delta(last=False, has_written=has_written) if state.handoff is None and state.has_written >= has_written:
+            # Nearly all that a sequence meets: nothing is new.
+            return state, ()
         case Delta(last, has_written):
             stage = Stage.DONE if last else Stage.DECODING
             return replace(state, stage=stage, has_written=state.has_written or has_written, handoff=None), ()

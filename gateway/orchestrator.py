@@ -477,13 +477,14 @@ class Orchestrator:
     # -- events
 
     def _advance(self, sequence: Sequence, event: lifecycle.Event) -> None:
-        with logs.about(sequence.group.receipt_id):
-            self._advance_within(sequence, event)
-
-    def _advance_within(self, sequence: Sequence, event: lifecycle.Event) -> None:
-        was_open = sequence.state.stage is not Stage.DONE
         before = sequence.state
         sequence.state, actions = lifecycle.advance(before, event)
+        if sequence.state is not before or actions:
+            with logs.about(sequence.group.receipt_id):
+                self._follow(sequence, before, actions)
+
+    def _follow(self, sequence: Sequence, before: SequenceState, actions: tuple[lifecycle.Action, ...]) -> None:
+        """Does what a transition asks for."""
         if num_faults := len(sequence.state.faults) - len(before.faults):
             sequence.history.faults_s += [self._clock()] * num_faults
         if sequence.state.engine_request_id != before.engine_request_id:
@@ -496,7 +497,7 @@ class Orchestrator:
             self._perform(sequence, action)
         if sequence.state.stage not in (Stage.ASKING, Stage.PREFILLING, Stage.PLACING):
             _cancel_deadline(sequence)
-        if was_open and sequence.state.stage is Stage.DONE:
+        if before.stage is not Stage.DONE and sequence.state.stage is Stage.DONE:
             self._finish(sequence)
 
     def _perform(self, sequence: Sequence, action: lifecycle.Action) -> None:
