@@ -28,7 +28,7 @@ from tests.cluster.running import Run, running, wait_until
 
 pytestmark = pytest.mark.timeout(240)
 
-NAME = "baton-" + "x" * 16_000
+NAME = "baton-" + "x" * 48_000
 SEND_TIMEOUT_S = 3.0
 DEADLINE_S = 90.0
 NUM_CLIENTS = 50
@@ -37,7 +37,7 @@ LONGEST_ANSWER_TOKENS = 8000
 PIECE_BYTES = 16 * 1024
 CLIENT_BUFFER_BYTES = 4096
 MAX_ADDED_MIB = 64.0
-"""For all clients together. Their answers are 1.6 GB when each token has an event of its own."""
+"""For all clients together. Their answers are 4.8 GB when each token has an event of its own."""
 
 
 class Server(Live):
