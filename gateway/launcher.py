@@ -324,7 +324,7 @@ def _welcome(run: LocalRun, console: Console, demo: bool, api_key: str | None) -
         except client.GatewayError as error:
             console.print(f"[yellow]the demo request failed:[/] {escape(str(error))}", soft_wrap=True)
     body = f'{{"model": "{settings.model_name}", "stream": true, "messages": [{{"role": "user", "content": "Hello"}}]}}'
-    console.print(f"\nBaton serves [bold]{escape(settings.model_name)}[/] at [bold]{url}/v1[/] (Ctrl-C stops it)")
+    console.print(f"\nBaton serves [bold]{escape(settings.model_name)}[/] at [bold]{url}/v1[/]")
     if settings.simulation is not None:
         console.print(f"[bold yellow]{SIMULATED}[/]", soft_wrap=True)
     key = f' -H "authorization: Bearer ${client.API_KEY_VARIABLE}"' if settings.tenants else ""
@@ -333,6 +333,7 @@ def _welcome(run: LocalRun, console: Console, demo: bool, api_key: str | None) -
         soft_wrap=True,
     )
     console.print(f"logs: {run.paths.logs}", soft_wrap=True)
+    console.print("Ctrl-C stops it.")
     sys.stdout.flush()
 
 
