@@ -5,6 +5,7 @@ import os
 import re
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 from urllib.parse import urlsplit
@@ -174,7 +175,9 @@ def replay(
         _fail(f"there is no policy {policy!r}; there are {', '.join(POLICIES)}")
     files = receipt_log.files_in(paths)
     try:
-        found = replay_all((receipt for file in files for receipt in receipt_log.read(file)), policy)
+        absent: Counter[str] = Counter()
+        found = replay_all((receipt for file in files for receipt in receipt_log.read(file, absent)), policy)
+        found.absent = absent
     except (OSError, receipt_log.UnreadableReceipt) as error:
         _fail(str(error))
     if not found.num_decisions and not found.unknown:
@@ -303,6 +306,13 @@ def _print_replay(console: Console, found: Replay, policy: str | None) -> None:
     console.print(f"{found.num_same} of {found.num_decisions} decisions are the same by {whose}")
     for name, number in sorted(found.unknown.items()):
         console.print(f"[yellow]{number} were decided by {escape(name)}, which this version does not have[/]")
+    if found.absent:
+        names = ", ".join(f"{name} ({number})" for name, number in sorted(found.absent.items()))
+        console.print(
+            f"[yellow]an earlier version wrote receipts that say nothing of {escape(names)}: "
+            "a policy that goes by these decides here by their defaults[/]",
+            soft_wrap=True,
+        )
     for difference in found.differences:
         console.print(f"  {escape(difference)}", soft_wrap=True)
     if policy is None:

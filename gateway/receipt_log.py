@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import queue
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from logging.handlers import QueueHandler, QueueListener, RotatingFileHandler
 from pathlib import Path
@@ -103,15 +104,19 @@ def files_in(paths: Iterable[Path]) -> list[Path]:
     return found
 
 
-def read(file: Path) -> Iterator[Receipt]:
-    """A last line that is cut off, as a killed gateway leaves it, is none. Raises OSError, UnreadableReceipt."""
+def read(file: Path, absent: Counter[str] | None = None) -> Iterator[Receipt]:
+    """A last line that is cut off, as a killed gateway leaves it, is none. In `absent` receipts are counted by the
+    inputs that they lack (`receipt_lines.absent_inputs`). Raises OSError, UnreadableReceipt."""
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.endswith(b"\n"):
                 return
             try:
-                yield receipt_lines.decode(line)
+                receipt = receipt_lines.decode(line)
+                if absent is not None:
+                    absent.update(receipt_lines.absent_inputs(line))
             except msgspec.DecodeError as error:
                 raise UnreadableReceipt(
                     f"{file}, line {number}: no receipt of this version of Baton: {error}"
                 ) from error
+            yield receipt

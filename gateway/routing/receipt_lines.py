@@ -3,17 +3,17 @@
 A receipt holds all replicas, so in a large cluster its line is little else. A pool is written as what its replicas have
 each (`each`, for every such field a list in the order of the replicas) and what all have alike (`same`): a field's name
 is there once, and so is a value in which no replica differs. Earlier lines, with an object for each replica, are read
-as well.
+as well, and what later versions have added to a decision's inputs has its default there.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
 from typing import Any, cast
 
 import msgspec
 
 from gateway.routing.receipts import Receipt
-from gateway.routing.types import ClusterSnapshot, ReplicaView
+from gateway.routing.types import ClusterSnapshot, Hints, ReplicaView, RequestView, SessionView
 
 _POOLS = ("prefill", "decode")
 _ENCODER = msgspec.json.Encoder()
@@ -38,6 +38,23 @@ def decode(line: bytes) -> Receipt:
         for pool in _POOLS:
             snapshot[pool] = _rows(snapshot.get(pool))
     return msgspec.convert(data, Receipt)
+
+
+def absent_inputs(line: bytes) -> frozenset[str]:
+    """The inputs of the first decision that the line says nothing of, because an earlier version has written it: each
+    as the type that it is a field of, and its name. Raises msgspec.DecodeError."""
+    return frozenset(_absent(_DECODER.decode(line)))
+
+
+def _absent(data: Any) -> Iterator[str]:
+    (first, *_), request = _written(data), data["request"]
+    for kind, there in ((RequestView, request), (Hints, request.get("hints")), (SessionView, request.get("session"))):
+        if there is not None:
+            yield from (f"{kind.__name__}.{one.name}" for one in fields(kind) if one.name not in there)
+    yield from (f"ClusterSnapshot.{one.name}" for one in fields(ClusterSnapshot) if one.name not in first)
+    for pool in (_rows(first.get(name)) for name in _POOLS):
+        if pool:
+            yield from (f"ReplicaView.{name}" for name in ReplicaView.__struct_fields__ if name not in pool[0])
 
 
 def _snapshots(receipt: Receipt) -> list[ClusterSnapshot]:

@@ -43,6 +43,8 @@ class Replay:
     recorded: Work = field(default_factory=Work)
     replayed: Work = field(default_factory=Work)
     unknown: Counter[str] = field(default_factory=Counter[str])
+    absent: Counter[str] = field(default_factory=Counter[str])
+    """How many receipts say nothing of an input, by its name: an earlier version has written them."""
     differences: list[str] = field(default_factory=list[str])
     """The first few, in words."""
 

@@ -481,6 +481,15 @@ def test_replay_of_a_decision_that_differs_fails(tmp_path: Path) -> None:
     assert "0 of 1" in result.output
 
 
+def test_replay_says_what_receipts_of_an_earlier_version_do_not_tell(tmp_path: Path) -> None:
+    file = receipts_in(tmp_path) / "gateway.jsonl"
+    line = json.loads(file.read_text())
+    del line["request"]["hints"]["is_retry"]
+    file.write_text(json.dumps(line) + "\n")
+    assert "say nothing of Hints.is_retry (1)" in baton("replay", str(file)).output
+    assert json.loads(baton("replay", str(file), "--json").output)["absent"] == {"Hints.is_retry": 1}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
