@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from bench.replay_plan import SLO, RunPlan, Shape, TurnResult
@@ -88,7 +88,8 @@ class Moment:
 @dataclass(frozen=True)
 class DayFigures:
     """GPU-seconds count from when a replica is asked for until it has left. `hourly_share`: of the turns that began in
-    each 24th part of the day, how many were in time (NaN where there was none)."""
+    each 24th part of the day, how many were in time (NaN where there was none). `scored`: what the shadow planner
+    proposed for pools of a fixed size, by action and verdict."""
 
     plan: DayPlan
     num_turns: int
@@ -106,6 +107,7 @@ class DayFigures:
     num_started: int
     num_left: int
     moments: tuple[Moment, ...]
+    scored: dict[str, int]
     cpu_s: float
 
     @property
@@ -120,6 +122,7 @@ def day_figures(
     gpu_s: tuple[float, float],
     num_changes: tuple[int, int],
     moments: Sequence[Moment],
+    scored: Mapping[str, int],
     cpu_s: float,
 ) -> DayFigures:
     """`gpu_s`: of prefill and decode; `num_changes`: replicas started and taken out. ValueError without turns."""
@@ -146,5 +149,6 @@ def day_figures(
         num_started=num_changes[0],
         num_left=num_changes[1],
         moments=tuple(moments),
+        scored=dict(sorted(scored.items())),
         cpu_s=cpu_s,
     )

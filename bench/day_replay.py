@@ -1,21 +1,27 @@
 """Owns one run of a day of traffic: a replay whose load rises and falls, over pools that are sized as it goes on.
 
 The pure function that sizes them is the one that ships (`gateway.scaling.sizing`), and so is what it is told
-(`Orchestrator.demand`). What Ray Serve and the cluster do, a replica's start and its drain, is played here.
+(`Orchestrator.demand`). What Ray Serve and the cluster do, a replica's start and its drain, is played here. Beside
+pools of a fixed size the shadow planner runs, as it ships, and its proposals are scored.
 """
 
 import asyncio
 import gc
 import time
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 
 from bench.day import DayFigures, DayPlan, Moment, day_figures
 from bench.replay import START_TIMEOUT_S, Replay, undisturbed
 from bench.traces import Trace, cut_trace
 from engine.protocol import Phase
+from gateway.planning import ShadowPlanner
+from gateway.scaling.planner import PlannerConfig
 from gateway.scaling.sizing import Bounds, Memory, PoolSizes, size_pools
 
 COLLECT_EVERY_S = 3600.0
+MANY = 64
+"""Replicas that may be proposed beside pools of a fixed size."""
 
 
 def run_day(plan: DayPlan, trace: Trace) -> DayFigures:
@@ -26,7 +32,7 @@ def run_day(plan: DayPlan, trace: Trace) -> DayFigures:
     cpu_s = time.process_time() - began_s
     gpu_s = day.gpu_used_s(Phase.PREFILL), day.gpu_used_s(Phase.DECODE)
     changes = day.num_started, day.num_left
-    return day_figures(plan, day.measured_turns(), day.begin_s, gpu_s, changes, day.moments, cpu_s)
+    return day_figures(plan, day.measured_turns(), day.begin_s, gpu_s, changes, day.moments, day.scored, cpu_s)
 
 
 async def _day(plan: DayPlan, trace: Trace) -> "Day":
@@ -55,9 +61,12 @@ class Day(Replay):
         self.moments: list[Moment] = []
         self.num_started = 0
         self.num_left = 0
+        self.scored: Counter[str] = Counter()
         self._memory = Memory()
         has_prefill = plan.most.prefill > 0
         self._bounds = Bounds(PoolSizes(int(has_prefill), 1), PoolSizes(plan.most.prefill, max(plan.most.decode, 1)))
+        free = replace(self._bounds, most=PoolSizes(MANY if has_prefill else 0, MANY))
+        self._planner = ShadowPlanner(self._orchestrator, free, plan.sizing, PlannerConfig())
         self._machines = [
             _Machine(worker.phase, self.begin_s, self.begin_s, worker.replica_id) for worker in self._workers.values()
         ]
@@ -107,7 +116,9 @@ class Day(Replay):
             await asyncio.sleep(self._day.tick_s)
             now_s = self._loop.time()
             reason = ""
-            if self._day.scaled:
+            if not self._day.scaled:
+                self.scored.update(f"{one.proposal.action} {one.verdict}" for one in self._planner.look(now_s))
+            else:
                 demand = self._orchestrator.demand
                 sizing = size_pools(demand, self._bounds, self._memory, now_s, self._day.sizing)
                 self._memory, reason = sizing.memory, sizing.reason

@@ -10,6 +10,7 @@ from bench.day import DayFigures, Traffic
 from bench.replay_plan import SLO_SHARE, Shape
 from bench.results import Setting
 from bench.targets import ReportTarget
+from gateway.scaling.planner import Verdict
 
 GPU_HOURS = 0.8
 """Of the cheapest fixed pools that keep as many turns in time."""
@@ -117,6 +118,7 @@ def day_tables(report: ScalingReport) -> Iterator[Table]:
                 "turn s\np50/p99",
                 "cached",
                 "failed",
+                "proposed\nright/wrong",
             ):
                 table.add_column(column, justify="left" if column == "pools" else "right", no_wrap=True)
             for day in report.of(traffic, seed):
@@ -129,5 +131,16 @@ def day_tables(report: ScalingReport) -> Iterator[Table]:
                     f"{day.turn_s.p50:.1f}/{day.turn_s.p99:.0f}",
                     f"{day.hit_rate:.1%}",
                     f"{day.num_failed}",
+                    _proposed(day),
                 )
             yield table
+
+
+def _proposed(day: DayFigures) -> str:
+    if day.plan.scaled:
+        return ""
+    right, wrong = (
+        sum(number for name, number in day.scored.items() if name.endswith(verdict))
+        for verdict in (Verdict.RIGHT, Verdict.WRONG)
+    )
+    return f"{right}/{wrong}"

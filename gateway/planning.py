@@ -43,8 +43,8 @@ class ShadowPlanner:
             except Exception:
                 log.exception("the shadow planner failed; it goes on with its next look")
 
-    def look(self, now_s: float) -> None:
-        """Once, at this time of the event loop."""
+    def look(self, now_s: float) -> tuple[Scored, ...]:
+        """Once, at this time of the event loop. Returns the proposals whose time is over."""
         cluster, demand = self._orchestrator.cluster, self._orchestrator.demand
         sizing = size_pools(demand, self._bounds, self._sizes, now_s, self._sizing)
         self._sizes = sizing.memory
@@ -69,6 +69,7 @@ class ShadowPlanner:
             log.info("%s %s was %s: %s", proposal.action, proposal.subject, scored.verdict, scored.happened)
             metrics.PROPOSALS_SCORED.labels(proposal.action, scored.verdict).inc()
             self._scored.append(scored)
+        return made.scored
 
     def as_json(self) -> dict[str, Any]:
         """What is open, and what the last ones have come to."""

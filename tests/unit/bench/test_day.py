@@ -15,6 +15,7 @@ from bench.day_experiment import day
 from bench.day_report import ScalingPlan, ScalingReport
 from bench.replay_plan import RunPlan, Shape
 from bench.results import gather_setting
+from gateway.scaling.planner import Action, Verdict
 from gateway.scaling.sizing import SizingConfig
 from tests.unit.bench.traces import write_sessions
 
@@ -88,6 +89,17 @@ def test_pools_of_a_fixed_size_count_for_the_whole_day(folder: Path) -> None:
     figures = day(plan(folder, Shape(0, 2)))
     assert figures.gpu_s == 2 * TRAFFIC.day_s
     assert (figures.num_started, figures.num_left) == (0, 0)
+
+
+def test_beside_pools_of_a_fixed_size_what_the_planner_proposes_is_scored_and_not_done(
+    folder: Path, scaled: DayFigures
+) -> None:
+    figures = day(plan(folder, Shape(0, 1)))
+    # Nothing is late: what THRIFTY asks for is not needed.
+    assert figures.slo_share == 1.0
+    assert figures.scored.keys() == {f"{Action.GROW} {Verdict.WRONG}"}
+    assert {(moment.prefill, moment.decode) for moment in figures.moments} == {(0, 1)}
+    assert scaled.scored == {}
 
 
 def test_the_same_day_gives_the_same_figures(folder: Path, scaled: DayFigures) -> None:
