@@ -6,6 +6,7 @@ process for good and reads its settings when it is imported: python -m bench.ser
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -98,6 +99,10 @@ def main(address: str) -> None:
     from gateway.app import build
     from gateway.settings import Settings
 
+    # Ray and Serve print as they like; only answers may come where the caller reads.
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
     ray.init(address, log_to_driver=False, configure_logging=False, namespace="serve")
     client = _get_global_client()
     assert client is not None
@@ -130,7 +135,7 @@ def main(address: str) -> None:
     commands = {"pids": pids, "scale": scale, "update": update, "failure": failure}
     for line in sys.stdin:
         command, *arguments = json.loads(line)
-        print(json.dumps(commands[command](*arguments)), flush=True)
+        print(json.dumps(commands[command](*arguments)), file=answers, flush=True)
 
 
 if __name__ == "__main__":
