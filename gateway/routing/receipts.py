@@ -138,17 +138,27 @@ class Receipt:
 
 
 class ReceiptStore:
-    """The last `capacity` receipts by request id."""
+    """The last `capacity` receipts by request id. When it is full, the tenant that has the most loses its oldest: one
+    that asks for much takes nothing from the others."""
 
     def __init__(self, capacity: int):
         self._capacity = capacity
-        self._receipts: OrderedDict[str, Receipt] = OrderedDict()
+        self._receipts: dict[str, Receipt] = {}
+        self._ids: dict[str | None, OrderedDict[str, None]] = {}
+        """Of each tenant that has any, the oldest first."""
 
     def put(self, receipt: Receipt) -> None:
-        self._receipts[receipt.request_id] = receipt
-        self._receipts.move_to_end(receipt.request_id)
+        request_id = receipt.request_id
+        ids = self._ids.setdefault(receipt.request.hints.tenant, OrderedDict())
+        ids[request_id] = None
+        ids.move_to_end(request_id)
+        self._receipts[request_id] = receipt
         while len(self._receipts) > self._capacity:
-            self._receipts.popitem(last=False)
+            tenant = max(self._ids, key=lambda one: len(self._ids[one]))
+            oldest, _ = self._ids[tenant].popitem(last=False)
+            del self._receipts[oldest]
+            if not self._ids[tenant]:
+                del self._ids[tenant]
 
     def get(self, request_id: str) -> Receipt | None:
         return self._receipts.get(request_id)

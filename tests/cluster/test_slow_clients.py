@@ -32,12 +32,15 @@ NAME = "baton-" + "x" * 48_000
 SEND_TIMEOUT_S = 3.0
 DEADLINE_S = 90.0
 NUM_CLIENTS = 50
+NUM_STALLED = 15
+"""Fewer: on a slow machine too the gateway has to fill their buffers, some 6 MB each, before their answers end."""
+
 ANSWER_TOKENS = 2000
 LONGEST_ANSWER_TOKENS = 8000
 PIECE_BYTES = 16 * 1024
 CLIENT_BUFFER_BYTES = 4096
 MAX_ADDED_MIB = 64.0
-"""For all clients together. Their answers are 4.8 GB when each token has an event of its own."""
+"""For all clients together. What 50 read slowly is 4.8 GB when each token has an event of its own."""
 
 
 class Server(Live):
@@ -211,7 +214,7 @@ def test_clients_that_read_slowly_get_every_token_and_cost_the_gateway_little_me
 def test_clients_that_stop_reading_are_cut_off_while_others_are_served(server: Server) -> None:
     server.quiet(DEADLINE_S)
     before_mib = server.gateway_mib()
-    streams = [Stream(server, LONGEST_ANSWER_TOKENS) for _ in range(NUM_CLIENTS)]
+    streams = [Stream(server, LONGEST_ANSWER_TOKENS) for _ in range(NUM_STALLED)]
     for stream in streams:
         while not stream.is_begun():
             stream.read()
@@ -226,14 +229,14 @@ def test_clients_that_stop_reading_are_cut_off_while_others_are_served(server: S
 
     server.wait(are_gone, "requests of clients that do not read are gone", DEADLINE_S)
     assert num_served > 1
-    added = f"{NUM_CLIENTS} clients that do not read added {largest_mib - before_mib:.1f} MiB to {before_mib:.1f} MiB"
+    added = f"{NUM_STALLED} clients that do not read added {largest_mib - before_mib:.1f} MiB to {before_mib:.1f} MiB"
     assert largest_mib - before_mib < MAX_ADDED_MIB, added
 
     for stream in streams:
         assert server.receipt(stream.headers["x-baton-request-id"])["outcome"]["status"] == "aborted"
     # Their connections go although they still read nothing, and what is unsent with them.
     server.wait(
-        lambda: server.num_connections() < NUM_CLIENTS / 2, "the gateway lets go of their connections", DEADLINE_S
+        lambda: server.num_connections() < NUM_STALLED / 2, "the gateway lets go of their connections", DEADLINE_S
     )
     for stream in streams:
         stream.assert_cut()

@@ -1,21 +1,23 @@
 """Receipts: what a client reads of them, and how many are kept."""
 
+import dataclasses
 import json
 
 import msgspec
 
 from gateway.routing.policies import least_tokens, place
 from gateway.routing.receipts import Outcome, Receipt, ReceiptStore
-from gateway.routing.types import ClusterSnapshot, Placement, ReplicaView, RequestView
+from gateway.routing.types import ClusterSnapshot, Hints, Placement, ReplicaView, RequestView
 
 REQUEST = RequestView("r", 100, 10, num_choices=2)
 SNAPSHOT = ClusterSnapshot((ReplicaView("p0", 1, 7, 64, 3),), (ReplicaView("d0", 2, 9, 64, 4),))
 
 
-def receipt(request_id: str, status: str = "finished") -> Receipt:
+def receipt(request_id: str, status: str = "finished", tenant: str | None = None) -> Receipt:
     placement = place(least_tokens, REQUEST, SNAPSHOT, 7)
     assert isinstance(placement, Placement)
-    return Receipt(request_id, 1.5, placement.policy, 7, REQUEST, SNAPSHOT, placement, Outcome(status, ttft_ms=12.5))
+    request = dataclasses.replace(REQUEST, hints=Hints(tenant=tenant))
+    return Receipt(request_id, 1.5, placement.policy, 7, request, SNAPSHOT, placement, Outcome(status, ttft_ms=12.5))
 
 
 def test_a_receipt_reads_as_json_with_its_reason_and_scores_in_front() -> None:
@@ -44,6 +46,17 @@ def test_a_store_keeps_the_last_receipts() -> None:
     assert len(store) == 3
     assert [store.get(f"r{number}") is not None for number in range(5)] == [False, False, True, True, True]
     assert store.get("unknown") is None
+
+
+def test_a_tenant_that_asks_for_much_takes_no_receipts_from_others() -> None:
+    store = ReceiptStore(4)
+    store.put(receipt("quiet", tenant="a"))
+    for number in range(9):
+        store.put(receipt(f"r{number}", tenant="b"))
+    store.put(receipt("other", tenant="c"))
+    kept = [name for name in ("quiet", *(f"r{number}" for number in range(9)), "other") if store.get(name)]
+    assert kept == ["quiet", "r7", "r8", "other"]
+    assert len(store) == 4
 
 
 def test_a_receipt_that_is_put_again_replaces_the_first_and_counts_as_new() -> None:
