@@ -67,13 +67,13 @@ class _Signals:
 
 
 class _Sayer:
-    """Prints, even if the terminal is gone: stopping goes on."""
+    """Prints, even if nobody reads it any more: stopping goes on. A closed pipe makes rich end the process."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
 
     def __call__(self, text: str) -> None:
-        with suppress(OSError):
+        with suppress(OSError, SystemExit):
             self._console.print(text)
 
 

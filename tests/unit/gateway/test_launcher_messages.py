@@ -1,7 +1,10 @@
 """What a user reads when a start fails: the root cause, not the traceback. And how Ray is kept on loopback."""
 
 import importlib.util
+import os
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -226,3 +229,15 @@ def test_a_run_is_not_complete_before_every_gateway_has_answered(monkeypatch: py
     monkeypatch.setattr(client, "status", lambda *_: {"gateway": "one", "pools": pools([], [True])})
     watch = launcher.PoolWatch(two_gateways)
     assert {watch.look() for _ in range(3)} == {"1 of 2 gateways have answered"}
+
+
+def test_a_stop_says_what_it_does_and_goes_on_when_nobody_reads_it() -> None:
+    code = (
+        "import os, sys; from rich.console import Console; from gateway.launcher import _Sayer\n"
+        "say = _Sayer(Console()); say('stopping'); say('stopped'); print('went on', file=sys.stderr)"
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    ended = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (0, "went on\n")
