@@ -166,6 +166,20 @@ def test_the_controller_gives_away_an_applications_wanted_state_and_takes_it_bac
     )
 
 
+def test_serve_asks_an_applications_autoscaling_policy_in_each_of_its_rounds_and_outlives_what_it_raises():
+    """But then it looks after no application in that round: `PoolScaling` raises nothing."""
+    from ray.serve._private import constants
+    from ray.serve._private.application_state import ApplicationState, ApplicationStateManager
+    from ray.serve._private.controller import ServeController
+
+    assert constants.CONTROL_LOOP_INTERVAL_S == 0.1
+    assert "get_decision_num_replicas(" in inspect.getsource(ApplicationState.autoscale)
+    assert "app.autoscale()" in inspect.getsource(ApplicationStateManager.update)
+    round_ = inspect.getsource(ServeController.run_control_loop_step)
+    _, _, after = round_.partition("self.application_state_manager.update()")
+    assert after.partition("except Exception:")[2].lstrip().startswith("logger.exception(")
+
+
 def test_serve_tells_a_replica_its_user_config_before_it_is_ready_and_restarts_none_for_a_new_one():
     from ray.serve._private.config import DeploymentConfig
     from ray.serve._private.replica import Replica
