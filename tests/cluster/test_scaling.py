@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
 
 from engine.ports import free_ports
 from gateway.agents.tenants import key_sha256, new_key
@@ -71,6 +72,13 @@ class Site:
     def states(self) -> dict[str, str]:
         """Of the decode replicas, as Serve sees them."""
         return {one["id"]: one["state"] for one in self.nodes.status()["replicas"] if one["deployment"] == "decode"}
+
+    def wanted(self) -> float:
+        """How many decode replicas are wanted, as Prometheus is told."""
+        families = text_string_to_metric_families(self.get("/metrics").text)
+        samples = [sample for family in families for sample in family.samples if sample.name == "baton_pool_replicas"]
+        (number,) = {s.value for s in samples if s.labels["pool"] == "decode" and s.labels["state"] == "wanted"}
+        return number
 
     def receipt(self, request_id: str) -> dict[str, Any]:
         response = self.get(f"/baton/receipts/{request_id}")
@@ -165,11 +173,13 @@ def under_load(site: Site) -> Iterator[Load]:
 
 def test_a_pool_grows_with_load_and_shrinks_after_it_and_no_client_notices(site: Site) -> None:
     first = set(site.ready())
+    assert site.wanted() == FEWEST
 
     with under_load(site) as load:
         wait_until(lambda: len(site.ready()) == MOST, f"{MOST} replicas: {site.states()}", DEADLINE_S)
         num_before = len(load.answers)
         wait_until(lambda: len(load.answers) > num_before + 2 * CLIENTS, "answers of all four replicas", DEADLINE_S)
+        wait_until(lambda: site.wanted() == MOST, f"{MOST} to be wanted", DEADLINE_S)
     all_replicas = set(site.ready())
     assert first < all_replicas
     by_replica = {site.receipt(request_id)["placement"]["decode"] for request_id in load.request_ids()}
@@ -201,6 +211,7 @@ def test_a_pool_grows_with_load_and_shrinks_after_it_and_no_client_notices(site:
     assert [stream for stream in load.answers + long if not stream.is_complete] == []
     assert set(site.states().values()) == {"RUNNING"}
     assert set(site.states()) == set(site.ready()), "as many as the configuration asks for at the least"
+    wait_until(lambda: site.wanted() == FEWEST, f"{FEWEST} to be wanted", DEADLINE_S)
     gateways = [one for one in site.nodes.status()["replicas"] if one["deployment"] == "gateway"]
     assert len(gateways) == 1
     assert site.answered().is_complete

@@ -147,6 +147,7 @@ def test_the_controller_gives_away_an_applications_wanted_state_and_takes_it_bac
     from ray.serve._private.controller import ServeController
     from ray.serve._private.deployment_info import DeploymentInfo
     from ray.serve.generated import serve_pb2
+    from ray.serve.schema import DeploymentDetails
 
     methods = {
         "get_app_configs": ["self"],
@@ -157,6 +158,7 @@ def test_the_controller_gives_away_an_applications_wanted_state_and_takes_it_bac
     }
     for name, parameters in methods.items():
         assert list(inspect.signature(getattr(ServeController, name)).parameters) == parameters
+    assert "target_num_replicas" in DeploymentDetails.model_fields
     # `uses_multiplexing` is what a gateway does not do, and `docs_path` is nobody's any more.
     known = {"deployment_name", "deployment_config", "replica_config", "deployer_job_id", "route_prefix", "ingress"}
     known |= {"ingress_request_router", "uses_multiplexing", "docs_path"}
