@@ -237,6 +237,11 @@ class Gateway:
         """Serve's call, every few seconds where pools are scaled."""
         return told(self._orchestrator.demand)
 
+    async def send_spans(self) -> None:
+        """The driver's call before a local run ends: its gateways get no other notice."""
+        if self._tracer is not None:
+            await asyncio.to_thread(self._tracer.flush)
+
     async def check_health(self) -> None:
         if self._client.errored:
             raise RuntimeError("the gateway's output loop has failed; its log says why")
@@ -253,11 +258,11 @@ class Gateway:
             watching.cancel()
         if orchestrator := getattr(self, "_orchestrator", None):
             await orchestrator.close()
+        if tracer := getattr(self, "_tracer", None):
+            await asyncio.to_thread(tracer.close)
         if log := getattr(self, "_receipt_log", None):
             async with asyncio.timeout(RECEIPTS_CLOSE_S):
                 await asyncio.to_thread(log.close)
-        if tracer := getattr(self, "_tracer", None):
-            await asyncio.to_thread(tracer.close)
 
 
 async def _meet(handles: Mapping[Phase, DeploymentHandle], timeout_s: float) -> None:
