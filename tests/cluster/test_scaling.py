@@ -58,14 +58,16 @@ class Site:
     def get(self, path: str) -> httpx.Response:
         return httpx.get(f"{self.url}{path}", headers=self.headers, timeout=DEADLINE_S)
 
+    def has_started(self) -> bool:
+        try:
+            return self.get("/baton/status").status_code == 200 and len(self.ready()) == FEWEST
+        except httpx.TransportError:
+            return False
+
     def ready(self) -> dict[str, int]:
         """The ready decode replicas, and how many requests the gateway has in flight on each."""
-        try:
-            status = self.get("/baton/status")
-        except httpx.TransportError:
-            return {}
-        if status.status_code != 200:
-            return {}
+        status = self.get("/baton/status")
+        assert status.status_code == 200, status.text
         pool = status.json()["pools"]["decode"]
         return {replica["id"]: replica["in_flight_requests"] for replica in pool if replica["ready"]}
 
@@ -139,7 +141,7 @@ def site(tmp_path: Path) -> Iterator[Site]:
     with cluster(load(path), "gateway.app:build", [], head) as nodes:
         nodes.deploy_config(serve_config(path))
         site = Site(nodes, {"authorization": f"Bearer {key}"})
-        wait_until(lambda: len(site.ready()) == FEWEST, f"{FEWEST} replicas: {nodes.status()}", DEADLINE_S)
+        wait_until(site.has_started, f"{FEWEST} replicas: {nodes.status()}", DEADLINE_S)
         yield site
 
 
