@@ -1,6 +1,7 @@
 """Owns the composition: settings become the Ray Serve application `baton`. The only module that knows everything."""
 
 import asyncio
+import dataclasses
 import logging
 import time
 import uuid
@@ -39,6 +40,7 @@ from gateway.scaling.sizing import Bounds, PoolSizes, SizingConfig
 from gateway.scaling_ray import autoscaling_config, told
 from gateway.settings import NO_KEY, ConfigError, PolicySettings, PoolSettings, Settings, load
 from gateway.transport_ray import REQUEST_ROUTER, RayTransport
+from gateway.wanted_ray import WantedReplicas, controller
 from prefill.deployment import PrefillReplica
 
 APP_NAME = "baton"
@@ -168,6 +170,9 @@ class Gateway:
         self._planner = ShadowPlanner(
             self._orchestrator, _bounds(config), _sizing(config), PlannerConfig(target=config.scaling.target)
         )
+        self._wanted: WantedReplicas | None = None
+        if config.is_scaled:
+            self._wanted = WantedReplicas(controller(), context.app_name, self._expected.replicas)
         self._peers = RayPeers(context.replica_tag, serve.get_deployment_handle(context.deployment, context.app_name))
         # The application is made while the engines load.
         (self._app, self._client), _ = await asyncio.gather(
@@ -184,7 +189,9 @@ class Gateway:
         )
         logs.adopt("vllm")
         await self._orchestrator.start(FEWEST_READY, config.runtime.start_timeout_s)
-        self._planning = asyncio.create_task(self._planner.run())
+        self._watching = [asyncio.create_task(self._planner.run())]
+        if self._wanted is not None:
+            self._watching.append(asyncio.create_task(self._wanted.run()))
         calm_garbage_collector()
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -205,7 +212,10 @@ class Gateway:
         return self._policies
 
     def _own_metrics(self) -> list[Metric]:
-        return [*metrics.collect(), *gauges.families(self._orchestrator, self._expected)]
+        expected = self._expected
+        if self._wanted is not None:
+            expected = dataclasses.replace(expected, replicas=self._wanted.replicas)
+        return [*metrics.collect(), *gauges.families(self._orchestrator, expected)]
 
     def __serve_build_asgi_app__(self) -> Any:
         return self._app
@@ -227,6 +237,11 @@ class Gateway:
         """Serve's call, every few seconds where pools are scaled."""
         return told(self._orchestrator.demand)
 
+    async def send_spans(self) -> None:
+        """The driver's call before a local run ends: its gateways get no other notice."""
+        if self._tracer is not None:
+            await asyncio.to_thread(self._tracer.flush)
+
     async def check_health(self) -> None:
         if self._client.errored:
             raise RuntimeError("the gateway's output loop has failed; its log says why")
@@ -239,15 +254,15 @@ class Gateway:
             self._tracer.closed(receipt)
 
     async def __del__(self) -> None:
-        if planning := getattr(self, "_planning", None):
-            planning.cancel()
+        for watching in getattr(self, "_watching", ()):
+            watching.cancel()
         if orchestrator := getattr(self, "_orchestrator", None):
             await orchestrator.close()
+        if tracer := getattr(self, "_tracer", None):
+            await asyncio.to_thread(tracer.close)
         if log := getattr(self, "_receipt_log", None):
             async with asyncio.timeout(RECEIPTS_CLOSE_S):
                 await asyncio.to_thread(log.close)
-        if tracer := getattr(self, "_tracer", None):
-            await asyncio.to_thread(tracer.close)
 
 
 async def _meet(handles: Mapping[Phase, DeploymentHandle], timeout_s: float) -> None:

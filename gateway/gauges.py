@@ -23,7 +23,7 @@ OWN_LONGEST = "Each gateway has its own: take the max over gateways"
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What the configuration asks for."""
+    """What the configuration asks for; of pools that are scaled, what Serve is to run now."""
 
     replicas: Mapping[Phase, int]
     gateways: int
@@ -70,8 +70,9 @@ def _pools(cluster: Cluster, expected: Expected) -> Iterator[Metric]:
         requests[phase, "waiting"] = sum(load.num_waiting_requests for load in loads)
     yield _gauge(
         "baton_pool_replicas",
-        "Replicas of a pool: wanted by the configuration at the least, and ready for this gateway's requests. Take the "
-        "max of what is wanted and the min of what is ready over gateways, never the sum",
+        "Replicas of a pool: wanted by the configuration, or by the demand where that sizes the pool, and ready for "
+        "this gateway's requests. Take the max of what is wanted and the min of what is ready over gateways, never the "
+        "sum",
         replicas,
         ("pool", "state"),
     )

@@ -1,8 +1,8 @@
 """Owns the sizing of both pools as an application-level autoscaling policy of Ray Serve (docs/adr/0020).
 
-Serve's controller asks it, about ten times a second, with what the gateways have last told of the demand; Serve starts
-and drains the replicas. It is named in the application's Serve config, `autoscaling_policy`; without that the pools
-keep their sizes (`KeepSize`). In no case are they sized by requests in progress, Serve's default.
+Serve's controller asks it, ten times a second by default, with what the gateways have last told of the demand; Serve
+starts and drains the replicas. It is named in the application's Serve config, `autoscaling_policy`; without that the
+pools keep their sizes (`KeepSize`). In no case are they sized by requests in progress, Serve's default.
 """
 
 import logging
@@ -74,22 +74,31 @@ class PoolScaling:
         ids = {context.deployment_name: id for id, context in contexts.items()}
         if GATEWAY not in ids or Phase.DECODE not in ids:
             return {}, None
-        gateway, decode = contexts[ids[GATEWAY]], contexts[ids[Phase.DECODE]]
+        gateway = contexts[ids[GATEWAY]]
         demand = added_up(gateway.aggregated_metrics or {}, gateway.running_replicas)
         if demand is None:
             return {}, None
         if demand != self._told:
             # Between two tellings there is nothing new to decide on.
             self._told = demand
-            now_s = decode.current_time or 0.0
-            sizing = size_pools(demand, _bounds(contexts, ids), self._memory, now_s, _config(decode))
-            self._memory = sizing.memory
-            if sizing.sizes != self._sizes:
-                log.info("pools: %s", sizing.reason)
-            self._sizes = sizing.sizes
-        assert self._sizes is not None
+            try:
+                self._size(demand, contexts, ids)
+            except Exception:
+                # What a policy raises keeps Serve from looking after any application, and that ten times a second.
+                log.exception("pools keep the sizes that they have: %s could not be weighed", demand)
+        if self._sizes is None:
+            return {}, None
         sizes = {Phase.PREFILL: self._sizes.prefill, Phase.DECODE: self._sizes.decode}
         return {ids[phase]: number for phase, number in sizes.items() if phase in ids}, None
+
+    def _size(self, demand: Demand, contexts: Mapping[Any, AutoscalingContext], ids: Mapping[str, Any]) -> None:
+        decode = contexts[ids[Phase.DECODE]]
+        now_s = decode.current_time or 0.0
+        sizing = size_pools(demand, _bounds(contexts, ids), self._memory, now_s, _config(decode))
+        self._memory = sizing.memory
+        if sizing.sizes != self._sizes:
+            log.info("pools: %s", sizing.reason)
+        self._sizes = sizing.sizes
 
 
 def _bounds(contexts: Mapping[Any, AutoscalingContext], ids: Mapping[str, Any]) -> Bounds:

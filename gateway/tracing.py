@@ -30,17 +30,17 @@ MAX_INSTANCES = 1024
 """Whose resources are kept at hand; to make one takes longer than its span."""
 
 BATCH_EVERY_MS = 1000
-"""`baton serve` that is stopped ends its gateways at once: so long a time's spans may be lost with them."""
 
 EXPORT_TIMEOUT_S = 5.0
 """Of one batch, with the exporter's own retries."""
 
-CLOSE_TIMEOUT_S = 3.0
-"""After this no further batch is begun; the one under way has EXPORT_TIMEOUT_S."""
+LAST_CALL_S = 2.0
+"""So long the end of a gateway may wait for the collector."""
 
 
 class Tracer:
-    """Spans of this gateway's requests. Nothing but `close` waits: a thread of the SDK's talks to the collector."""
+    """Spans of this gateway's requests. Nothing but `flush` and `close` waits: a thread of the SDK's talks to the
+    collector."""
 
     def __init__(
         self, endpoint: str, sample_ratio: float, gateway_id: str, dropped: Callable[[str, int], None]
@@ -84,13 +84,14 @@ class Tracer:
         start_ns = end_ns - round((time.monotonic() - received_s) * 1e9)
         self._give(trace, [refusal_span(request_id, trace.span_id, start_ns, end_ns, rejection)])
 
+    def flush(self) -> None:
+        """Sends what waits; returns when that is done, or after LAST_CALL_S."""
+        _for_a_while(self._processor.force_flush)
+
     def close(self) -> None:
-        """Sends what waits, within CLOSE_TIMEOUT_S and one EXPORT_TIMEOUT_S."""
-        last_call = threading.Timer(CLOSE_TIMEOUT_S, self._exporter.shutdown)
-        last_call.daemon = True
-        last_call.start()
-        self._processor.shutdown()
-        last_call.cancel()
+        """As `flush`, for good: what was not sent by then is lost."""
+        _for_a_while(self._processor.shutdown)
+        self._exporter.shutdown()
 
     def _new_id(self) -> str:
         return otel.format_span_id(self._ids.generate_span_id())
@@ -123,6 +124,13 @@ class Tracer:
             end_time=span.end_ns,
             instrumentation_scope=self._scope,
         )
+
+
+def _for_a_while(action: Callable[[], object]) -> None:
+    """The SDK's own time limits do not hold while a batch is under way."""
+    thread = threading.Thread(target=action, daemon=True)
+    thread.start()
+    thread.join(LAST_CALL_S)
 
 
 class _Counting(SpanExporter):

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
 
 import msgspec
 
@@ -35,6 +35,14 @@ class Switched(msgspec.Struct, frozen=True, tag="switched"):
     shadow_policy: str | None
 
 
+class SendSpans(msgspec.Struct, frozen=True, tag="send_spans"):
+    """The order that gateways send what they have of traces: the run is about to end."""
+
+
+class Sent(msgspec.Struct, frozen=True, tag="sent"):
+    """Gateways have sent it, or could not in the time that they have for it."""
+
+
 class Refused(msgspec.Struct, frozen=True, tag="refused"):
     """Nothing was changed, and why."""
 
@@ -45,19 +53,33 @@ class OrderFailed(RuntimeError):
     """An order was not carried out; the message is one readable line."""
 
 
+Order = Switch | SendSpans
+Done = Switched | Sent
+_Answer = TypeVar("_Answer", Switched, Sent)
+
 _encoder = msgspec.json.Encoder()
-_orders = msgspec.json.Decoder(Switch)
-_answers: msgspec.json.Decoder[Switched | Refused] = msgspec.json.Decoder(Switched | Refused)
+_orders: msgspec.json.Decoder[Order] = msgspec.json.Decoder(Order)
+_switched: msgspec.json.Decoder[Switched | Refused] = msgspec.json.Decoder(Switched | Refused)
+_sent: msgspec.json.Decoder[Sent | Refused] = msgspec.json.Decoder(Sent | Refused)
 
 
 def order(path: Path, switch: Switch) -> Switched:
-    """Has a run carry out an order. Raises OrderFailed."""
+    """Has a run switch its policies. Raises OrderFailed."""
+    return _ask(path, switch, _switched, _ANSWER_S)
+
+
+def send_spans(path: Path, timeout_s: float) -> None:
+    """Has a run's gateways send their spans. Raises OrderFailed, also after `timeout_s`."""
+    _ask(path, SendSpans(), _sent, timeout_s)
+
+
+def _ask(path: Path, order: Order, answers: msgspec.json.Decoder[_Answer | Refused], timeout_s: float) -> _Answer:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-        connection.settimeout(_ANSWER_S)
+        connection.settimeout(timeout_s)
         try:
             connection.connect(str(path))
-            connection.sendall(_encoder.encode(switch) + b"\n")
-            answer = _answers.decode(_line(connection))
+            connection.sendall(_encoder.encode(order) + b"\n")
+            answer = answers.decode(_line(connection))
         except (OSError, msgspec.DecodeError) as error:
             raise OrderFailed(f"the run's driver at {path} does not answer: {error or type(error).__name__}") from error
     if isinstance(answer, Refused):
@@ -82,7 +104,7 @@ class Orders:
         self._socket.close()
         self._path.unlink(missing_ok=True)
 
-    def take_for(self, duration_s: float, carry_out: Callable[[Switch], Switched]) -> None:
+    def take_for(self, duration_s: float, carry_out: Callable[[Order], Done]) -> None:
         """Carries out what is ordered within that time. What an order raises is its refusal."""
         end_s = time.monotonic() + duration_s
         while (left_s := end_s - time.monotonic()) > 0:
@@ -98,7 +120,7 @@ class Orders:
                     connection.sendall(_encoder.encode(_answer(_line(connection), carry_out)) + b"\n")
 
 
-def _answer(line: bytes, carry_out: Callable[[Switch], Switched]) -> Switched | Refused:
+def _answer(line: bytes, carry_out: Callable[[Order], Done]) -> Done | Refused:
     try:
         return carry_out(_orders.decode(line))
     except Exception as error:

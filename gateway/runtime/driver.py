@@ -22,6 +22,7 @@ from gateway.settings import Settings
 APP_NAME = "baton"
 _STARTING_POLL_S = 0.25
 _RUNNING_POLL_S = 2.0
+_SPANS_S = 2.0
 _PR_SET_PDEATHSIG = 1
 
 
@@ -70,9 +71,13 @@ def _run(paths: RunPaths, build_path: str, emit: Callable[[events.Event], None])
         wait_for_ingress_deployment_creation=False,
         wait_for_applications_running=False,
     )
-    from gateway.runtime.live_policies import switch
+    from gateway.runtime.live_policies import GATEWAY, switch
 
-    def take(order: control.Switch) -> control.Switched:
+    def take(order: control.Order) -> control.Done:
+        if isinstance(order, control.SendSpans):
+            gateways = serve.get_deployment_handle(GATEWAY, APP_NAME)
+            gateways.broadcast("send_spans").results(timeout_s=_SPANS_S, return_exceptions=True)
+            return control.Sent()
         switched = switch(APP_NAME, order)
         emit(events.PoliciesSwitched(switched.policy, switched.shadow_policy))
         return switched

@@ -18,12 +18,15 @@ import msgspec
 import psutil
 
 from engine.ports import free_ports
-from gateway.runtime import events, processes
+from gateway.runtime import control, events, processes
 from gateway.runtime.environment import LOOPBACK, RunPaths, environment, open_files_needed, variables
 from gateway.settings import Settings
 
 _LONGEST_BASE = 24
 """Socket paths add up to 78 characters to it (Ray's; the kernel takes 107) or 72 (HAProxy's; it takes 97)."""
+
+_SPANS_S = 2.0
+"""So long gateways may take to send their last spans before they are ended."""
 
 
 class StartError(RuntimeError):
@@ -176,6 +179,9 @@ class LocalRun:
             self._events_fd = None
         if self._driver is not None:
             driver = self._driver
+            if self.settings.tracing is not None:
+                with suppress(control.OrderFailed):
+                    control.send_spans(self.paths.control, _SPANS_S)
             processes.end_processes(self._remaining, is_forced)
             with suppress(subprocess.TimeoutExpired):
                 driver.wait(timeout=1)

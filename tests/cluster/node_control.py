@@ -13,7 +13,7 @@ from typing import Any
 import ray
 from ray import serve
 from ray.serve.context import _get_global_client
-from ray.serve.schema import ServeInstanceDetails
+from ray.serve.schema import ServeDeploySchema, ServeInstanceDetails
 
 from gateway.settings import Settings
 
@@ -29,6 +29,16 @@ def deploy(build: str, settings_json: str, host: str) -> None:
     serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": settings.gateway.port})
     target = serve.RunTarget(target=application, name=APP_NAME, route_prefix="/")
     serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+
+
+def deploy_config(config_json: str) -> None:
+    """As `serve run CONFIG` does, and as far as it goes for the application's own process: Serve builds it from where
+    the config says that it is. Returns when Serve has been told."""
+    config = ServeDeploySchema.model_validate_json(config_json)
+    serve.start(proxy_location=config.proxy_location, http_options=config.http_options.model_dump())
+    client = _get_global_client()
+    assert client is not None
+    client.deploy_apps(config)
 
 
 def nodes() -> list[dict[str, Any]]:
@@ -90,7 +100,13 @@ def main(address: str, build: str) -> None:
     def deploy_it(settings_json: str, host: str) -> None:
         deploy(build, settings_json, host)
 
-    commands = {"deploy": deploy_it, "nodes": nodes, "status": status, "placement_groups": placement_groups}
+    commands = {
+        "deploy": deploy_it,
+        "deploy_config": deploy_config,
+        "nodes": nodes,
+        "status": status,
+        "placement_groups": placement_groups,
+    }
     for line in sys.stdin:
         command, *arguments = json.loads(line)
         print(json.dumps(commands[command](*arguments)), file=answers, flush=True)

@@ -178,6 +178,10 @@ class Nodes:
     def deploy(self) -> None:
         self._ask("deploy", self.settings.model_dump_json(), LOOPBACK)
 
+    def deploy_config(self, config: dict[str, Any]) -> None:
+        """A Serve config, which names the application itself."""
+        self._ask("deploy_config", json.dumps(config))
+
     def nodes(self) -> list[dict[str, Any]]:
         return self._ask("nodes")
 

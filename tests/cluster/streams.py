@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import httpx
@@ -23,7 +24,7 @@ def body(max_tokens: int) -> dict[str, Any]:
 class Stream:
     """One streamed chat. Times are of the monotonic clock."""
 
-    def __init__(self, url: str, max_tokens: int) -> None:
+    def __init__(self, url: str, max_tokens: int, headers: Mapping[str, str] | None = None) -> None:
         self.max_tokens = max_tokens
         self.status: int | None = None
         self.request_id = ""
@@ -33,7 +34,7 @@ class Stream:
         self.broken: httpx.HTTPError | None = None
         self.is_done = False
         self.ended_s: float | None = None
-        self._thread = threading.Thread(target=self._read, args=(url,), daemon=True)
+        self._thread = threading.Thread(target=self._read, args=(url, headers), daemon=True)
         self._thread.start()
 
     def __repr__(self) -> str:
@@ -55,11 +56,10 @@ class Stream:
         """Every token and [DONE], and nothing else."""
         return self.is_done and self.num_tokens == self.max_tokens and self.error is None and self.broken is None
 
-    def _read(self, url: str) -> None:
+    def _read(self, url: str, headers: Mapping[str, str] | None) -> None:
+        path, asked = f"{url}/v1/chat/completions", body(self.max_tokens)
         try:
-            with httpx.stream(
-                "POST", f"{url}/v1/chat/completions", json=body(self.max_tokens), timeout=PATIENCE_S
-            ) as response:
+            with httpx.stream("POST", path, json=asked, headers=headers, timeout=PATIENCE_S) as response:
                 self.status = response.status_code
                 self.request_id = response.headers.get("x-baton-request-id", "")
                 for line in response.iter_lines():

@@ -147,6 +147,7 @@ def test_the_controller_gives_away_an_applications_wanted_state_and_takes_it_bac
     from ray.serve._private.controller import ServeController
     from ray.serve._private.deployment_info import DeploymentInfo
     from ray.serve.generated import serve_pb2
+    from ray.serve.schema import DeploymentDetails
 
     methods = {
         "get_app_configs": ["self"],
@@ -157,6 +158,7 @@ def test_the_controller_gives_away_an_applications_wanted_state_and_takes_it_bac
     }
     for name, parameters in methods.items():
         assert list(inspect.signature(getattr(ServeController, name)).parameters) == parameters
+    assert "target_num_replicas" in DeploymentDetails.model_fields
     # `uses_multiplexing` is what a gateway does not do, and `docs_path` is nobody's any more.
     known = {"deployment_name", "deployment_config", "replica_config", "deployer_job_id", "route_prefix", "ingress"}
     known |= {"ingress_request_router", "uses_multiplexing", "docs_path"}
@@ -164,6 +166,20 @@ def test_the_controller_gives_away_an_applications_wanted_state_and_takes_it_bac
     assert {"version", "ingress", "ingress_request_router", "deployer_job_id"} <= set(
         inspect.signature(DeploymentInfo.__init__).parameters
     )
+
+
+def test_serve_asks_an_applications_autoscaling_policy_in_each_of_its_rounds_and_outlives_what_it_raises():
+    """But then it looks after no application in that round: `PoolScaling` raises nothing."""
+    from ray.serve._private import constants
+    from ray.serve._private.application_state import ApplicationState, ApplicationStateManager
+    from ray.serve._private.controller import ServeController
+
+    assert constants.CONTROL_LOOP_INTERVAL_S == 0.1
+    assert "get_decision_num_replicas(" in inspect.getsource(ApplicationState.autoscale)
+    assert "app.autoscale()" in inspect.getsource(ApplicationStateManager.update)
+    round_ = inspect.getsource(ServeController.run_control_loop_step)
+    _, _, after = round_.partition("self.application_state_manager.update()")
+    assert after.partition("except Exception:")[2].lstrip().startswith("logger.exception(")
 
 
 def test_serve_tells_a_replica_its_user_config_before_it_is_ready_and_restarts_none_for_a_new_one():

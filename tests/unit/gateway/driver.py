@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gateway.runtime.control import Orders, Switch, Switched
+from gateway.runtime.control import Done, Order, Orders
 
 POLL_S = 0.02
 
@@ -13,17 +13,17 @@ POLL_S = 0.02
 class Driver:
     """`carry_out` is what it does with an order."""
 
-    def __init__(self, carry_out: Callable[[Switch], Switched]) -> None:
-        self.taken: list[Switch] = []
+    def __init__(self, carry_out: Callable[[Order], Done]) -> None:
+        self.taken: list[Order] = []
         self.carry_out = carry_out
 
-    def take(self, switch: Switch) -> Switched:
-        self.taken.append(switch)
-        return self.carry_out(switch)
+    def take(self, order: Order) -> Done:
+        self.taken.append(order)
+        return self.carry_out(order)
 
 
 @contextmanager
-def taking_orders(path: Path, carry_out: Callable[[Switch], Switched]) -> Iterator[Driver]:
+def taking_orders(path: Path, carry_out: Callable[[Order], Done]) -> Iterator[Driver]:
     driver = Driver(carry_out)
     ended = threading.Event()
     with Orders(path) as orders:

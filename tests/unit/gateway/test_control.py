@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from gateway.runtime import control
-from gateway.runtime.control import OrderFailed, Switch, Switched, order
+from gateway.runtime.control import Done, Order, OrderFailed, SendSpans, Sent, Switch, Switched, order, send_spans
 from tests.unit.gateway.driver import taking_orders
 
 
-def agree(switch: Switch) -> Switched:
+def agree(_: Order) -> Done:
     return Switched("llm-d", None)
 
 
@@ -29,8 +29,22 @@ def test_an_order_arrives_as_it_was_given_and_its_answer_comes_back(tmp_path: Pa
     assert driver.taken == [switch]
 
 
+def test_gateways_are_told_to_send_their_spans(tmp_path: Path) -> None:
+    with taking_orders(tmp_path / "control", lambda _: Sent()) as driver:
+        send_spans(tmp_path / "control", timeout_s=5.0)
+    assert driver.taken == [SendSpans()]
+
+
+def test_a_driver_that_hangs_is_not_waited_for(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as hanging:
+        hanging.bind(str(tmp_path / "control"))
+        hanging.listen()
+        with pytest.raises(OrderFailed, match="does not answer"):
+            send_spans(tmp_path / "control", timeout_s=0.01)
+
+
 def test_what_an_order_raises_is_told_and_the_next_one_is_taken(tmp_path: Path) -> None:
-    def refuse(switch: Switch) -> Switched:
+    def refuse(_: Order) -> Done:
         raise RuntimeError("the controller is gone")
 
     with taking_orders(tmp_path / "control", refuse) as driver:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from ray.serve.config import AutoscalingPolicy
 from ray.serve.schema import ServeDeploySchema
@@ -81,6 +82,26 @@ def test_it_remembers_from_one_call_to_the_next() -> None:
     policy = PoolScaling()
     policy(contexts(Demand(write=3.5)))
     assert policy(contexts(Demand(write=0.5), at_s=10.0))[0]["id-decode"] == 4
+
+
+def test_pools_never_fall_below_what_the_configuration_asks_for_at_the_least() -> None:
+    asked = contexts(Demand(), at_s=1e6)
+    for phase in ("prefill", "decode"):
+        asked[f"id-{phase}"].capacity_adjusted_min_replicas = 2
+    assert PoolScaling()(asked)[0] == {"id-prefill": 2, "id-decode": 2}
+
+
+def test_what_cannot_be_weighed_changes_nothing_is_logged_once_and_the_next_telling_is_weighed(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    policy = PoolScaling()
+    nonsense = contexts(Demand(write=float("inf")))
+    assert policy(nonsense) == ({}, None)
+    policy(contexts(Demand(write=1.5), at_s=5.0))
+    for at_s in range(10, 20):
+        assert policy(contexts(Demand(write=float("inf")), at_s=float(at_s)))[0]["id-decode"] == 2
+    assert len([record for record in caplog.records if record.levelname == "ERROR"]) == 2
+    assert policy(contexts(Demand(write=2.5), at_s=20.0))[0]["id-decode"] == 3
 
 
 def test_without_the_policy_pools_keep_their_size() -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
@@ -30,9 +30,11 @@ class Dropped:
 
     def __init__(self) -> None:
         self.by_cause: Counter[str] = Counter()
+        self.was_told = threading.Event()
 
     def __call__(self, cause: str, num_spans: int) -> None:
         self.by_cause[cause] += num_spans
+        self.was_told.set()
 
 
 @contextmanager
@@ -42,6 +44,14 @@ def tracer(url: str = NOBODY, sample_ratio: float = 1.0, dropped: Dropped | None
         yield made
     finally:
         made.close()
+
+
+def assert_ends(action: Callable[[], None]) -> None:
+    """While what could hold it up still does."""
+    thread = threading.Thread(target=action, daemon=True)
+    thread.start()
+    thread.join(DEADLINE_S)
+    assert not thread.is_alive()
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +149,17 @@ class TestOnTheWay:
             for name, received in spans.items():
                 assert received.duration_ms == pytest.approx(getattr(receipt.outcome.times_ms, name), abs=0.01)
 
+    def test_what_waits_is_sent_at_once_when_asked_for_and_others_later(
+        self, receipt: Receipt, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(tracing, "BATCH_EVERY_MS", 3_600_000)
+        with collecting() as collector, tracer(collector.url) as one:
+            for num_sent in (1, 2):
+                one.closed(in_trace(receipt, one.begin({})))
+                assert len(collector.spans) == 9 * (num_sent - 1)
+                one.flush()
+                assert len(collector.spans) == 9 * num_sent
+
     def test_engines_time_is_that_of_their_own_instance(self, receipt: Receipt) -> None:
         with collecting() as collector, tracer(collector.url) as one:
             one.closed(in_trace(receipt, one.begin({})))
@@ -194,15 +215,24 @@ class TestLost:
                 self._is_over.set()
 
         monkeypatch.setattr(tracing, "OTLPSpanExporter", Retrying)
-        monkeypatch.setattr(tracing, "CLOSE_TIMEOUT_S", 0.01)
+        monkeypatch.setattr(tracing, "LAST_CALL_S", 0.01)
         dropped = Dropped()
         with tracer(dropped=dropped) as one:
             one.closed(in_trace(receipt, one.begin({})))
-            closing = threading.Thread(target=one.close, daemon=True)
-            closing.start()
-            closing.join(DEADLINE_S)
-            assert not closing.is_alive()
+            assert_ends(one.close)
+        assert dropped.was_told.wait(DEADLINE_S)
         assert dropped.by_cause == {"refused": 9}
+
+    @pytest.mark.parametrize("end", ["flush", "close"])
+    def test_the_end_does_not_wait_for_a_collector_that_hangs(
+        self, receipt: Receipt, monkeypatch: pytest.MonkeyPatch, end: str
+    ) -> None:
+        monkeypatch.setattr(tracing, "LAST_CALL_S", 0.01)
+        with collecting() as collector, tracer(collector.url) as one:
+            collector.gate.clear()
+            one.closed(in_trace(receipt, one.begin({})))
+            assert_ends(getattr(one, end))
+            assert collector.spans == []
 
     def test_more_than_can_wait_is_left_out_by_whole_traces_and_counted(
         self, receipt: Receipt, monkeypatch: pytest.MonkeyPatch
