@@ -88,7 +88,7 @@ class Moment:
 @dataclass(frozen=True)
 class DayFigures:
     """GPU-seconds count from when a replica is asked for until it has left. `hourly_share`: of the turns that began in
-    each 24th part of the day, how many were in time (NaN where there was none). `scored`: what the shadow planner
+    each 24th part of the day, how many were in time (None where there was none). `scored`: what the shadow planner
     proposed for pools of a fixed size, by action and verdict."""
 
     plan: DayPlan
@@ -98,7 +98,7 @@ class DayFigures:
     slo_share: float
     ttft_share: float
     tpot_share: float
-    hourly_share: tuple[float, ...]
+    hourly_share: tuple[float | None, ...]
     ttft_s: Percentiles
     turn_s: Percentiles
     hit_rate: float
@@ -140,7 +140,7 @@ def day_figures(
         slo_share=sum(turn.keeps(SLO) for turn in turns) / len(turns),
         ttft_share=sum(SLO.keeps_ttft(turn.ttft_s, turn.cold_s) for turn in turns) / len(turns),
         tpot_share=sum(SLO.keeps_tpot(turn.tpot_s) for turn in turns) / len(turns),
-        hourly_share=tuple(sum(hour) / len(hour) if hour else math.nan for hour in hours),
+        hourly_share=tuple(sum(hour) / len(hour) if hour else None for hour in hours),
         ttft_s=percentiles([turn.ttft_s for turn in turns]),
         turn_s=percentiles([turn.turn_s for turn in turns]),
         hit_rate=sum(turn.num_cached_tokens for turn in turns) / sum(turn.num_prompt_tokens for turn in turns),

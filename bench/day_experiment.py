@@ -1,6 +1,6 @@
 """Owns the experiment `scaling`: each day of traffic with pools that are sized, and with pools of a fixed size."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from bench.day import DayFigures, DayPlan
@@ -10,6 +10,7 @@ from bench.replay_plan import RunPlan, Shape
 from bench.replay_search import fitted
 from bench.results import Setting
 from bench.workers import WorkerDied, spread
+from gateway.scaling.sizing import SizingConfig
 
 
 def day(plan: DayPlan) -> DayFigures:
@@ -36,24 +37,37 @@ def plans(plan: ScalingPlan) -> Iterator[DayPlan]:
                 yield DayPlan(replace(run, shape=shape), traffic, False, shape)
 
 
+def _load(plan: DayPlan) -> DayPlan:
+    """What decides a run's figures: pools of a fixed size are the same whatever would size them."""
+    return plan if plan.scaled else replace(plan, sizing=SizingConfig())
+
+
 class Experiment:
     """`report` is what there is so far, at any time."""
 
     def __init__(
-        self, plan: ScalingPlan, setting: Setting, say: Callable[[str], None], save: Callable[[ScalingReport], None]
+        self,
+        plan: ScalingPlan,
+        setting: Setting,
+        say: Callable[[str], None],
+        save: Callable[[ScalingReport], None],
+        earlier: Sequence[DayFigures] = (),
     ):
-        """`say` is given a line as things go on, `save` the report whenever it has grown. Raises TraceError,
-        OSError."""
+        """`say` is given a line as things go on, `save` the report whenever it has grown. Of `earlier` runs those are
+        taken that are asked for. Raises TraceError, OSError."""
         fitted(plan.trace, plan.model)
         self._say = say
         self._save = save
-        self.report = ScalingReport(False, plan, setting)
+        wanted = [_load(one) for one in plans(plan)]
+        known = tuple(one for one in earlier if _load(one.plan) in wanted)
+        self.report = ScalingReport(False, plan, setting, known)
 
     def run(self) -> None:
         """Raises KeyboardInterrupt; no process is left then."""
         plan = self.report.plan
         try:
-            spread(list(plans(plan)), work, plan.shards, self._take)
+            known = [_load(one.plan) for one in self.report.days]
+            spread([one for one in plans(plan) if _load(one) not in known], work, plan.shards, self._take)
         except WorkerDied as error:
             self._take(DayFailed("a run", str(error)))
         self.report = replace(self.report, complete=True)

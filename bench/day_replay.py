@@ -120,7 +120,8 @@ class Day(Replay):
                 self.scored.update(f"{one.proposal.action} {one.verdict}" for one in self._planner.look(now_s))
             else:
                 demand = self._orchestrator.demand
-                sizing = size_pools(demand, self._bounds, self._memory, now_s, self._day.sizing)
+                serving = PoolSizes(*(sum(m.replica_id is not None for m in self._here(phase)) for phase in Phase))
+                sizing = size_pools(demand, self._bounds, serving, self._memory, now_s, self._day.sizing)
                 self._memory, reason = sizing.memory, sizing.reason
                 self._bring_to(Phase.PREFILL, sizing.sizes.prefill, now_s)
                 self._bring_to(Phase.DECODE, sizing.sizes.decode, now_s)

@@ -126,7 +126,7 @@ def day_tables(report: ScalingReport) -> Iterator[Table]:
                     f"sized, at most {day.plan.most}" if day.plan.scaled else str(day.plan.run.shape),
                     f"{day.gpu_hours:.1f}/{day.prefill_gpu_s / 3600:.1f}",
                     f"{day.slo_share:.1%}/{day.ttft_share:.1%}/{day.tpot_share:.1%}",
-                    f"{min(share for share in day.hourly_share if share == share):.1%}",
+                    f"{min(share for share in day.hourly_share if share is not None):.1%}",
                     f"{day.ttft_s.p50:.2f}/{day.ttft_s.p99:.1f}",
                     f"{day.turn_s.p50:.1f}/{day.turn_s.p99:.0f}",
                     f"{day.hit_rate:.1%}",

@@ -12,7 +12,7 @@ from gateway.cluster import Replica
 from gateway.orchestrator import Orchestrator
 from gateway.routing.costs import Costs
 from gateway.scaling.planner import Observation, PlannerConfig, PlannerMemory, ReplicaHealth, Scored, plan
-from gateway.scaling.sizing import Bounds, Memory, SizingConfig, size_pools
+from gateway.scaling.sizing import Bounds, Memory, PoolSizes, SizingConfig, size_pools
 
 LOOKS_EVERY_S = 10.0
 SCORED_KEPT = 20
@@ -46,7 +46,8 @@ class ShadowPlanner:
     def look(self, now_s: float) -> tuple[Scored, ...]:
         """Once, at this time of the event loop. Returns the proposals whose time is over."""
         cluster, demand = self._orchestrator.cluster, self._orchestrator.demand
-        sizing = size_pools(demand, self._bounds, self._sizes, now_s, self._sizing)
+        serving = PoolSizes(*(sum(replica.ready for replica in cluster.pool(phase)) for phase in Phase))
+        sizing = size_pools(demand, self._bounds, serving, self._sizes, now_s, self._sizing)
         self._sizes = sizing.memory
         kept = min(demand.num_ttft_kept, demand.num_tpot_kept)
         made = plan(

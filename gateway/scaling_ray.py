@@ -94,7 +94,8 @@ class PoolScaling:
     def _size(self, demand: Demand, contexts: Mapping[Any, AutoscalingContext], ids: Mapping[str, Any]) -> None:
         decode = contexts[ids[Phase.DECODE]]
         now_s = decode.current_time or 0.0
-        sizing = size_pools(demand, _bounds(contexts, ids), self._memory, now_s, _config(decode))
+        serving = PoolSizes(*(len(contexts[ids[p]].running_replicas) if p in ids else 0 for p in Phase))
+        sizing = size_pools(demand, _bounds(contexts, ids), serving, self._memory, now_s, _config(decode))
         self._memory = sizing.memory
         if sizing.sizes != self._sizes:
             log.info("pools: %s", sizing.reason)

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import typer
 from rich.markup import escape
 
@@ -35,13 +36,16 @@ def scaling(
     model: Annotated[str, typer.Option(help="GPU and model (engine/roofline.py).")] = "qwen3-coder-30b-a3b-fp8-h100",
     shards: Annotated[int, typer.Option(min=1, help="Processes; each takes a core.")] = 2,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything that was measured here.")] = None,
+    resume: Annotated[
+        list[Path] | None, typer.Option(help="Take from this report (--json) the runs that it has; may be repeated.")
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the figures into this HTML file.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A day of two hours, and one fixed size.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Exit 1 where a target is missed.")] = False,
 ) -> None:
     """Replay a day of traffic: GPU-hours of pools that follow it, against pools of a fixed size."""
     console = make_console()
-    from bench.day import Traffic
+    from bench.day import DayFigures, Traffic
     from bench.day_experiment import Experiment
     from bench.day_report import ScalingPlan, ScalingReport, day_tables, targets
     from bench.replay import REPLAYED
@@ -68,13 +72,20 @@ def scaling(
         shards,
     )
 
+    earlier: list[DayFigures] = []
+    for file in resume or ():
+        try:
+            earlier += msgspec.json.decode(file.read_bytes(), type=ScalingReport).days
+        except (OSError, msgspec.DecodeError) as error:
+            fail(f"--resume {file} is no report of this benchmark: {error}")
+
     def save(report: ScalingReport) -> None:
         if json_file is not None:
             write_json(report, json_file)
 
     try:
         experiment = Experiment(
-            plan, gather_setting(), lambda words: console.print(escape(words), soft_wrap=True), save
+            plan, gather_setting(), lambda words: console.print(escape(words), soft_wrap=True), save, earlier
         )
     except (TraceError, OSError) as error:
         fail(str(error))

@@ -2,11 +2,13 @@
 
 Decode has what writing in time and keeping sessions' KV needs; prefill has what reading needs beside that which decode
 has room for, as far as the policy lets decode read. How full an engine may be is no constant: it is lowered while turns
-are late, and raised slowly while all are in time. What was needed at any moment of the last while is kept, so a pool
-grows at once and shrinks late, and the KV of a replica is not thrown away for a lull.
+are late although every replica that was wanted serves, and raised slowly while they are in time. What was needed at any
+moment of the last while is kept, so a pool grows at once and shrinks late, and the KV of a replica is not thrown away
+for a lull.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from gateway.scaling.demand import Demand
@@ -33,8 +35,8 @@ class SizingConfig:
     """`read_share`, `write_share`, `keep_share`: how much of an engine's time and of its KV cache may be asked for, to
     begin with; margins multiply what is needed, between `least_margin` and `most_margin`. `late_gain` and `early_gain`
     are by how much a margin changes in a second, for each unit that the share of turns in time is below and above
-    `target`; with fewer than `min_ended` turns to judge by, it stays. A pool shrinks to what was needed in the last
-    `hold_s`."""
+    `target`; it stays with fewer than `min_ended` turns to judge by, and where turns are late while replicas start. A
+    pool shrinks to what was needed in the last `hold_s`."""
 
     read_share: float = 0.6
     write_share: float = 0.8
@@ -78,25 +80,39 @@ class Sizing:
 
 
 def size_pools(
-    demand: Demand, bounds: Bounds, memory: Memory, now_s: float, config: SizingConfig = SizingConfig()
+    demand: Demand,
+    bounds: Bounds,
+    serving: PoolSizes,
+    memory: Memory,
+    now_s: float,
+    config: SizingConfig = SizingConfig(),
 ) -> Sizing:
-    """Both pools together. The same arguments give the same sizes, bit for bit."""
-    memory = _with_margins(demand, memory, now_s, config)
+    """Both pools together, of which so many replicas serve now. The same arguments give the same sizes, bit for bit."""
+    memory = _with_margins(demand, serving, memory, now_s, config)
     needed, reason = _needed(demand, bounds, memory, config)
     needs = (*(need for need in memory.needs if need.at_s > now_s - config.hold_s), Need(now_s, needed))
-    held = PoolSizes(max(n.sizes.prefill for n in needs), max(n.sizes.decode for n in needs))
+    held = _most(needs)
     if held != needed:
         reason += f"; held at {held.prefill}+{held.decode} by the last {config.hold_s:g} s"
     return Sizing(held, needed, replace(memory, needs=needs), reason)
 
 
-def _with_margins(demand: Demand, memory: Memory, now_s: float, config: SizingConfig) -> Memory:
+def _most(needs: Sequence[Need]) -> PoolSizes:
+    return PoolSizes(max((n.sizes.prefill for n in needs), default=0), max((n.sizes.decode for n in needs), default=0))
+
+
+def _with_margins(demand: Demand, serving: PoolSizes, memory: Memory, now_s: float, config: SizingConfig) -> Memory:
     elapsed_s = 0.0 if memory.at_s is None else max(now_s - memory.at_s, 0.0)
+    wanted = _most(memory.needs)
+    # Turns that are late while replicas start tell nothing of how many are enough.
+    is_whole = serving.prefill >= wanted.prefill and serving.decode >= wanted.decode
 
     def moved(margin: float, num_kept: float) -> float:
         if demand.num_ended < config.min_ended:
             return margin
         below = config.target - num_kept / demand.num_ended
+        if below > 0 and not is_whole:
+            return margin
         gain = config.late_gain if below > 0 else config.early_gain
         return min(max(margin + gain * below * elapsed_s, config.least_margin), config.most_margin)
 

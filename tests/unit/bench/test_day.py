@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -144,6 +143,10 @@ def test_the_command_says_what_it_found(folder: Path, tmp_path: Path) -> None:
     assert data["complete"] is True
     assert len(data["days"]) == 3
     assert "turns in time" in picture.read_text()
+    # Every run is in the report already.
+    again = CliRunner().invoke(app, [*arguments, "--resume", str(file)])
+    assert "GPU-hours, " not in again.output, again.output
+    assert json.loads(file.read_text())["days"] == data["days"]
 
 
 @pytest.mark.parametrize(
@@ -158,4 +161,4 @@ def test_what_cannot_be_run_is_one_line(folder: Path, option: str, value: str, s
 
 
 def test_hours_without_turns_are_not_a_number(scaled: DayFigures) -> None:
-    assert all(math.isnan(share) or 0 <= share <= 1 for share in scaled.hourly_share)
+    assert all(share is None or 0 <= share <= 1 for share in scaled.hourly_share)

@@ -33,8 +33,9 @@ class Context:
         self.config = autoscaling_config(self.least, self.most, SizingConfig(read_share=1.0, write_share=1.0))
 
 
-def contexts(*told_by: Demand, at_s: float = 0.0, prefill: bool = True) -> dict[str, Any]:
-    """Gateways that have told this; a deployment's id is here its name with a prefix."""
+def contexts(*told_by: Demand, at_s: float = 0.0, prefill: bool = True, num_running: int = 1) -> dict[str, Any]:
+    """Gateways that have told this, and so many replicas of each pool that run; a deployment's id is here its name with
+    a prefix."""
     metrics: dict[str, dict[str, float]] = {}
     for number, demand in enumerate(told_by):
         for name, value in told(demand).items():
@@ -46,7 +47,10 @@ def contexts(*told_by: Demand, at_s: float = 0.0, prefill: bool = True) -> dict[
         running_replicas=[f"g{number}" for number in range(len(told_by))],
         aggregated_metrics=metrics,
     )
-    pools = [Context("decode", current_time=at_s), *([Context("prefill", current_time=at_s)] if prefill else [])]
+    pools = [
+        Context(name, current_time=at_s, running_replicas=[f"{name}{number}" for number in range(num_running)])
+        for name in ("decode", *(["prefill"] if prefill else []))
+    ]
     return {f"id-{context.deployment_name}": context for context in (gateway, *pools)}
 
 
@@ -75,6 +79,17 @@ def test_serve_asks_more_often_than_gateways_tell_and_only_news_is_weighed() -> 
         policy(contexts(late, at_s=float(at_s)))
     assert policy._memory.read_margin == 1.0
     policy(contexts(Demand(num_ended=99, num_ttft_kept=0, num_tpot_kept=99), at_s=100.0))
+    assert policy._memory.read_margin > 1.0
+
+
+def test_turns_that_are_late_while_serve_starts_replicas_widen_no_margin() -> None:
+    policy = PoolScaling()
+    for at_s in range(100):
+        late = Demand(read=2.5, write=2.5, num_ended=100 + at_s)
+        policy(contexts(late, at_s=float(at_s), num_running=2))
+    assert policy._memory.read_margin == 1.0
+    for at_s in range(100, 110):
+        policy(contexts(Demand(read=2.5, write=2.5, num_ended=100 + at_s), at_s=float(at_s), num_running=3))
     assert policy._memory.read_margin > 1.0
 
 
