@@ -5,11 +5,13 @@ one. So the wanted state is read from Serve's controller and given back to it as
 `user_config` of the gateways: those that run are told, and those that start later are told before their first request.
 """
 
+import socket
 from typing import Any
 
 import msgspec
 import ray
 from pydantic import ValidationError
+from ray._private.services import canonicalize_bootstrap_address
 from ray.serve._private.common import DeploymentID
 from ray.serve._private.deployment_info import DeploymentInfo
 from ray.serve.context import _get_global_client
@@ -20,6 +22,7 @@ from gateway.settings import PolicySettings
 
 GATEWAY = "gateway"
 _CALL_S = 20.0
+_REACHED_S = 5.0
 
 _messages: Any = serve_pb2
 
@@ -27,8 +30,12 @@ _messages: Any = serve_pb2
 def connect(address: str) -> None:
     """Makes this process a client of a Ray cluster. Raises OrderFailed."""
     try:
+        # Ray tries for minutes, and cannot be interrupted, while a cluster's head is away.
+        host, _, port = (canonicalize_bootstrap_address(address) or "").rpartition(":")
+        if port:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_REACHED_S).close()
         ray.init(address, namespace="serve", log_to_driver=False, configure_logging=False)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise OrderFailed(f"no Ray cluster at {address}: {error}") from error
 
 

@@ -20,13 +20,12 @@ from gateway.settings import Settings
 APP_NAME = "baton"
 
 
-def deploy(build: str, settings_json: str, host: str) -> None:
-    """Returns when Serve has been told; it takes its time. One front door, as in a local run: all nodes of a test are
-    one machine, and a proxy on each would want the same port."""
+def deploy(build: str, settings_json: str, host: str, proxy_location: str) -> None:
+    """Returns when Serve has been told; it takes its time."""
     settings = Settings.model_validate_json(settings_json)
     module, _, name = build.partition(":")
     application = getattr(importlib.import_module(module), name)(settings)
-    serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": settings.gateway.port})
+    serve.start(proxy_location=proxy_location, http_options={"host": host, "port": settings.gateway.port})
     target = serve.RunTarget(target=application, name=APP_NAME, route_prefix="/")
     serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
 
@@ -97,8 +96,8 @@ def main(address: str, build: str) -> None:
     hook = {"worker_process_setup_hook": "gateway.runtime.confine.confine"}
     ray.init(address, log_to_driver=False, configure_logging=False, namespace="serve", runtime_env=hook)
 
-    def deploy_it(settings_json: str, host: str) -> None:
-        deploy(build, settings_json, host)
+    def deploy_it(settings_json: str, host: str, proxy_location: str) -> None:
+        deploy(build, settings_json, host, proxy_location)
 
     commands = {
         "deploy": deploy_it,

@@ -16,9 +16,10 @@ from typing import Any
 
 from engine.ports import free_ports
 from gateway.runtime import processes
-from gateway.runtime.environment import LOOPBACK, RunPaths, environment, variables
+from gateway.runtime.environment import HTTP_HOST, LOOPBACK, RunPaths, environment, variables
 from gateway.runtime.local import base_dir
 from gateway.settings import Settings
+from tests.cluster.operations import documented
 from tests.cluster.running import wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -41,6 +42,10 @@ class Node:
     labels: dict[str, str] = field(default_factory=dict)
     num_gpus: int = 0
     resources: dict[str, float] = field(default_factory=dict)
+    variables: dict[str, str] = field(default_factory=dict)
+    """What this machine's environment has beside that of all."""
+    words: tuple[str, ...] = ()
+    """Further words of its `ray start`."""
 
 
 HEAD = Node("head", "127.0.0.10", 1)
@@ -50,10 +55,12 @@ HEAD = Node("head", "127.0.0.10", 1)
 class Nodes:
     """A head and what has joined it. Everything it starts carries this process's run marker."""
 
-    def __init__(self, settings: Settings, build: str) -> None:
-        """`build` names a function `Settings -> ray.serve.Application` as module:function."""
+    def __init__(self, settings: Settings, build: str, entry: Node | None = None) -> None:
+        """`build` names a function `Settings -> ray.serve.Application` as module:function. `entry` is the node whose
+        HAProxy clients ask, and then each node has one at its own address; else there is one, the head's."""
         self.settings = settings
         self._build = build
+        self._entry = entry
         # Short: the paths of sockets below it must fit into 107 bytes.
         self.paths = RunPaths(Path(tempfile.mkdtemp(prefix="n-", dir=base_dir())))
         for folder in (self.paths.haproxy, self.paths.logs, self.paths.tmp, self.paths.ray):
@@ -76,7 +83,8 @@ class Nodes:
 
     @property
     def url(self) -> str:
-        return f"http://{LOOPBACK}:{self.settings.gateway.port}"
+        host = self._entry.address if self._entry else LOOPBACK
+        return f"http://{host}:{self.settings.gateway.port}"
 
     # -- nodes
 
@@ -85,6 +93,7 @@ class Nodes:
         return f"{HEAD.address}:{self._port}"
 
     def start_head(self, head: Node = HEAD) -> None:
+        """Also once more, after it was killed: it has the same address and ports, and an empty disk."""
         words = [
             "--head",
             f"--port={self._port}",
@@ -94,11 +103,17 @@ class Nodes:
         ]
         self._start(head, words)
         self._wait_for(head)
+        self._end_control()
         argv = [sys.executable, "-m", "tests.cluster.node_control", self._address, self._build]
         log = (self.paths.logs / "control.log").open("wb")
         self._control = subprocess.Popen(
             argv, cwd=ROOT, env=self._environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
         )
+
+    def _end_control(self) -> None:
+        if self._control is not None:
+            self._control.kill()
+            self._control.communicate()
 
     def join(self, *nodes: Node) -> None:
         """Returns when Ray knows these nodes."""
@@ -116,14 +131,17 @@ class Nodes:
             f"--temp-dir={self.paths.ray / node.name}",
             f"--node-ip-address={node.address}", f"--num-cpus={node.num_cpus}", f"--num-gpus={node.num_gpus}",
             f"--object-store-memory={OBJECT_STORE_BYTES}", f"--labels={json.dumps(node.labels)}",
-            f"--resources={json.dumps(node.resources)}", "--include-log-monitor=false",
+            f"--resources={json.dumps(node.resources)}", "--include-log-monitor=false", *node.words,
         ]  # fmt: skip
         self._names[node.address] = node.name
+        own = {NODE_VARIABLE: node.name} | node.variables
+        if self._entry is not None:
+            own |= {HTTP_HOST: node.address}
         log = (self.paths.logs / f"{node.name}.log").open("wb")
         self._commands[node.name] = subprocess.Popen(
             argv,
             cwd=ROOT,
-            env=self._environment | {NODE_VARIABLE: node.name},
+            env=self._environment | own,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -158,25 +176,26 @@ class Nodes:
                 os.kill(process.pid, signal.SIGKILL)
         wait_until(lambda: not self.processes_of(name), f"the end of {name}", STOP_S)
         self._commands.pop(name).wait()
+        shutil.rmtree(self.paths.ray / name)
 
     def name_of(self, address: str) -> str:
         """Of the node that has or had this address."""
         return self._names[address]
 
-    def drain(self, name: str, deadline_s: int) -> None:
-        """Asks Ray to place nothing there any more, as an operator does."""
+    def drain(self, name: str) -> None:
+        """Asks Ray to place nothing there any more, with the command of docs/operations.md."""
         (node_id,) = [one["id"] for one in self.nodes() if self._names[one["address"]] == name]
-        argv = [
-            RAY, "drain-node", "--address", self._address, "--node-id", node_id, "--reason",
-            "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "a test", f"--deadline-remaining-seconds={deadline_s}",
-        ]  # fmt: skip
+        (words,) = documented("Node groups: adding and removing", "ray", "drain-node")
+        argv = [RAY, *({"HEAD:6379": self._address, "ID": node_id}.get(word, word) for word in words[1:])]
         done = subprocess.run(argv, cwd=ROOT, env=self._environment, capture_output=True, text=True, timeout=START_S)
         assert done.returncode == 0, done.stdout + done.stderr
 
     # -- what runs
 
-    def deploy(self) -> None:
-        self._ask("deploy", self.settings.model_dump_json(), LOOPBACK)
+    def deploy(self, settings: Settings | None = None) -> None:
+        """`settings` other than the first are an update of what runs; they have the same port."""
+        self.settings = settings or self.settings
+        self._ask("deploy", self.settings.model_dump_json(), LOOPBACK, "EveryNode" if self._entry else "HeadOnly")
 
     def deploy_config(self, config: dict[str, Any]) -> None:
         """A Serve config, which names the application itself."""
@@ -230,9 +249,11 @@ def _name(pid: int) -> str:
 
 
 @contextmanager
-def cluster(settings: Settings, build: str, nodes: list[Node], head: Node = HEAD) -> Iterator[Nodes]:
+def cluster(
+    settings: Settings, build: str, nodes: list[Node], head: Node = HEAD, entry: Node | None = None
+) -> Iterator[Nodes]:
     """A cluster with these nodes and nothing deployed; at the end nothing of it may be left."""
-    found = Nodes(settings, build)
+    found = Nodes(settings, build, entry)
     try:
         found.start_head(head)
         found.join(*nodes)

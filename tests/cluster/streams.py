@@ -56,6 +56,10 @@ class Stream:
         """Every token and [DONE], and nothing else."""
         return self.is_done and self.num_tokens == self.max_tokens and self.error is None and self.broken is None
 
+    def join(self) -> None:
+        """Waits for its end, which `httpx` bounds: nothing came for `PATIENCE_S`."""
+        self._thread.join()
+
     def _read(self, url: str, headers: Mapping[str, str] | None) -> None:
         path, asked = f"{url}/v1/chat/completions", body(self.max_tokens)
         try:

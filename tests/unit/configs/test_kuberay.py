@@ -34,6 +34,12 @@ KUBERNETES = "1.33.0"
 SLOWEST_TOKEN_S = 0.05
 """Between two tokens of an answer, when the longest stream is reckoned."""
 
+EVICTED_S = 350.0
+"""What Kubernetes takes by default until the pods of a machine that is lost may be put elsewhere."""
+
+HEAD_STARTS_S = 900.0
+"""What a machine takes that has to fetch the image first, which has CUDA in it."""
+
 KUBERAY_OPEN_FILES = 65_536
 """What KubeRay sets `ulimit -n` to before it starts Ray."""
 
@@ -61,6 +67,7 @@ SHARED = ("VLLM_NO_USAGE_STATS", "DO_NOT_TRACK", "HF_HUB_DISABLE_TELEMETRY", "TO
 """What else of the local run's environment holds there."""
 
 DRAIN = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
+HEADLESS = "RAY_gcs_rpc_server_reconnect_timeout_s"
 
 
 class Deployment:
@@ -370,6 +377,7 @@ def test_the_environment_is_the_local_runs_on_every_node(deployment: Deployment)
         assert int(found.pop("RAY_SERVE_HAPROXY_MAXCONN")) >= int(connections or 0)
         found.pop(DRAIN)
         found.pop("HF_HOME", None)
+        found.pop(HEADLESS, None)
         assert found == expected, name
 
 
@@ -463,6 +471,12 @@ def test_the_head_keeps_its_state_in_a_redis_that_keeps_it_too(deployment: Deplo
     claims = {claim["metadata"]["name"] for claim in redis["volumeClaimTemplates"]}
     assert {"name": "data", "mountPath": directory} in container["volumeMounts"]
     assert claims == {"data"}
+
+
+def test_nodes_do_without_the_head_until_it_is_on_another_machine(deployment: Deployment) -> None:
+    for name, pod in deployment.pods():
+        if name != "head":
+            assert float(env_of(pod)[HEADLESS]) > EVICTED_S + HEAD_STARTS_S
 
 
 def test_no_secret_is_shipped(deployment: Deployment) -> None:

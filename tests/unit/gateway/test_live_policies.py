@@ -13,6 +13,7 @@ from ray.serve._private.deployment_info import DeploymentInfo
 from ray.serve._private.version import DeploymentVersion
 from ray.serve.generated import serve_pb2
 
+from engine.ports import free_ports
 from gateway import app
 from gateway.peers import PoliciesInUse
 from gateway.routing.policies import POLICIES
@@ -33,6 +34,16 @@ def deployments(**routing: str) -> dict[str, Any]:
     no_handle: Any = lambda *_: None  # noqa: E731
     built = build_app(app.build(settings(**routing)), name="baton", make_deployment_handle=no_handle)
     return {deployment.name: deployment for deployment in built.deployments}
+
+
+def test_a_cluster_without_its_head_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(*_: Any, **__: Any) -> None:
+        raise AssertionError("Ray tries for minutes")
+
+    monkeypatch.setattr("ray.init", init)
+    address = f"127.0.0.1:{free_ports('127.0.0.1')[0]}"
+    with pytest.raises(OrderFailed, match=f"no Ray cluster at {address}: .*refused"):
+        live_policies.connect(address)
 
 
 class Controller:
