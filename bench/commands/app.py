@@ -5,6 +5,7 @@ import typer
 from bench.commands.agents import agents
 from bench.commands.decisions import decisions
 from bench.commands.faults import faults
+from bench.commands.load import load
 from bench.commands.overhead import overhead
 from bench.commands.overload import overload
 from bench.commands.replay import replay
@@ -21,5 +22,5 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for command in (overhead, streams, overload, soak, faults, rolling, decisions, agents, reverse, replay, scaling):
+for command in (load, overhead, streams, overload, soak, faults, rolling, decisions, agents, reverse, replay, scaling):
     app.command()(command)
