@@ -144,7 +144,7 @@ class LoadExperiment:
     async def _load(self) -> None:
         plan = self.plan
         async with Client(self.server.url, self.server.model, self.api_key, plan.request_timeout_s) as self._client:
-            watch = asyncio.create_task(self._watch())
+            self._timer = asyncio.get_running_loop().call_later(PROGRESS_S, self._tell)
             async with asyncio.TaskGroup() as self._group:
                 if plan.concurrency is None:
                     await self._arrive()
@@ -153,7 +153,7 @@ class LoadExperiment:
                     await self._until(0.0)
                     for _ in range(plan.concurrency):
                         self._group.create_task(self._one_after_another(drawn))
-            watch.cancel()
+            self._timer.cancel()
 
     async def _arrive(self) -> None:
         plan = self.plan
@@ -237,17 +237,16 @@ class LoadExperiment:
     async def _until(self, at_s: float) -> None:
         await asyncio.sleep(max(at_s - self._now_s(), 0.0))
 
-    async def _watch(self) -> None:
-        while True:
-            await asyncio.sleep(PROGRESS_S)
-            self.progress(
-                Progress(
-                    self._now_s(),
-                    len(self._turns),
-                    self._num_refused,
-                    self._num_failed,
-                    self._in_flight,
-                    self._late_s * 1000,
-                )
+    def _tell(self) -> None:
+        self.progress(
+            Progress(
+                self._now_s(),
+                len(self._turns),
+                self._num_refused,
+                self._num_failed,
+                self._in_flight,
+                self._late_s * 1000,
             )
-            self._late_s = 0.0
+        )
+        self._late_s = 0.0
+        self._timer = asyncio.get_running_loop().call_later(PROGRESS_S, self._tell)

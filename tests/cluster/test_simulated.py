@@ -1,4 +1,4 @@
-"""`baton serve configs/simulated.yaml`: it streams an answer, and says everywhere that its engine is simulated."""
+"""`baton serve configs/simulated.yaml`: it streams an answer, takes a load, and says everywhere that it simulates."""
 
 import subprocess
 import sys
@@ -17,7 +17,7 @@ from tests.cluster.running import running
 CONFIG = Path(__file__).parents[2] / "configs" / "simulated.yaml"
 
 
-def test_a_simulated_engine_streams_a_chat_and_is_called_simulated_everywhere(tmp_path: Path) -> None:
+def test_a_simulated_engine_streams_a_chat_takes_a_load_and_is_called_simulated_everywhere(tmp_path: Path) -> None:
     with running(CONFIG, "gateway.app:build") as run:
         url = f"http://127.0.0.1:{run.port}"
         chunks = list(

@@ -17,6 +17,7 @@ from tests.unit.bench.fake_server import STREAM, Body, FakeServer, event, http_c
 from tests.unit.bench.test_results import SETTING
 
 PLAN = LoadPlan("chat", 200.0, None, 0.2, 0.0, 5.0, 0, "salt", (Slo("own", 1e4, 1e4),), max_lateness_ms=1e4)
+HELD_S = 10.0
 SINGLE = Session((Turn(6, 3, (0, 1)),))
 
 
@@ -45,18 +46,28 @@ def run(
         return LoadExperiment(plan, of, range(300, 900), facts, "key", SETTING, progress).run()
 
 
-def test_arrivals_do_not_wait_for_answers() -> None:
-    """Nobody is answered before 20 are here; a generator that waits would never get there."""
-    server, all_here = FakeServer(), asyncio.Event()
+def held_until(is_here: Callable[[FakeServer], bool]) -> tuple[FakeServer, list[int]]:
+    """A server that answers nobody until then, and the list of those it has waited for in vain."""
+    server, here, in_vain = FakeServer(), asyncio.Event(), list[int]()
 
-    async def answer_when_all_are_here(body: Body, writer: asyncio.StreamWriter) -> None:
-        if len(server.bodies) >= 20:
-            all_here.set()
-        await all_here.wait()
+    async def hold(body: Body, writer: asyncio.StreamWriter) -> None:
+        if is_here(server):
+            here.set()
+        try:
+            await asyncio.wait_for(here.wait(), HELD_S)
+        except TimeoutError:
+            in_vain.append(len(server.bodies))
+            here.set()
         await answer(body, writer)
 
-    server.answer = answer_when_all_are_here
+    server.answer = hold
+    return server, in_vain
+
+
+def test_arrivals_do_not_wait_for_answers() -> None:
+    server, in_vain = held_until(lambda server: len(server.bodies) >= 20)
     report = run(server, trace(SINGLE))
+    assert not in_vain
     assert report.complete
     assert report.why_invalid == ()
     assert report.figures is not None
@@ -65,16 +76,9 @@ def test_arrivals_do_not_wait_for_answers() -> None:
 
 
 def test_a_closed_loop_keeps_so_many_under_way_and_never_more() -> None:
-    server, all_here = FakeServer(), asyncio.Event()
-
-    async def answer_when_three_wait(body: Body, writer: asyncio.StreamWriter) -> None:
-        if server.most_in_flight == 3:
-            all_here.set()
-        await all_here.wait()
-        await answer(body, writer)
-
-    server.answer = answer_when_three_wait
+    server, in_vain = held_until(lambda server: server.most_in_flight == 3)
     report = run(server, trace(SINGLE), replace(PLAN, rate_per_s=None, concurrency=3))
+    assert not in_vain
     assert server.most_in_flight == 3
     assert report.figures is not None
     assert report.figures.num_answered > 3
@@ -123,6 +127,22 @@ def test_a_session_that_is_refused_asks_no_more() -> None:
     assert figures.ttft_ms is None
     assert figures.slos[0].kept_share == 0
     assert {row.end for row in report.turns} == {End.REFUSED}
+
+
+def test_an_agent_whose_sub_agent_is_refused_ends_there() -> None:
+    async def refuse_children(body: Body, writer: asyncio.StreamWriter) -> None:
+        if len(body["prompt"]) == 5:
+            writer.write(b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 4\r\n\r\nbusy")
+        else:
+            await answer(body, writer)
+
+    server, child = FakeServer(refuse_children), Session((Turn(5, 1, (6, 7)),))
+    parent = Session(linked([Turn(6, 3, (0, 1)), Turn(12, 2, (0, 2, 3))], 4), (Child(child, 0, 0.0, 1),))
+    figures = run(server, trace(parent), replace(PLAN, rate_per_s=20.0)).figures
+    assert figures is not None
+    assert {len(body["prompt"]) for body in server.bodies} == {5, 6}
+    assert figures.num_sessions_given_up == len(server.bodies)
+    assert figures.num_trajectories == 0
 
 
 def test_a_turn_due_after_the_end_is_not_asked() -> None:
