@@ -396,9 +396,10 @@ def table(report: LoadReport) -> Table:
     shown.title_justify = "left"
     pools = ", ".join(f"{number} {name}" for name, number in (server.pools or {}).items())
     parts = (server.model, f"{server.kind.value} {server.version}".strip(), pools, server.policy)
+    scale = "" if plan.scale == 1 else f", lengths x {plan.scale:.3g}"
     rows: list[tuple[str, str]] = [
         ("server", "; ".join(part for part in parts if part)),
-        ("workload", f"{plan.workload} x {plan.scale:g}; {plan.how}"),
+        ("workload", f"{plan.workload}{scale}; {plan.how}"),
     ]
     if plan.num_cut_turns:
         rows.append(

@@ -128,18 +128,21 @@ def _load(
     from bench.workloads import longest_turn_tokens, scaled
 
     try:
-        trace = scaled(_trace(plan), scale)
+        whole = _trace(plan)
+        trace = scaled(whole, scale)
         server = facts(url, model, api_key)
     except (TraceError, ServerError, OSError) as error:
         fail(str(error))
-    whole_turns = trace.num_turns
+    scale = trace.block_size_tokens / whole.block_size_tokens
+    whole_turns = whole.num_turns
     if (context := plan.max_model_len or server.max_model_len) is not None:
         longest = longest_turn_tokens(trace)
         trace = cut_trace(trace, context)
         if longest > context:
+            shorter = max(trace.block_size_tokens * context // longest, 1) / whole.block_size_tokens
             console.print(
                 f"[yellow]{whole_turns - trace.num_turns:,} of {whole_turns:,} turns are left out: the longest has "
-                f"{longest:,} tokens, the context {context:,}; --scale {scale * context / longest:.2g} keeps all[/]",
+                f"{longest:,} tokens, the context {context:,}; --scale {shorter:.3g} leaves out fewer[/]",
                 soft_wrap=True,
             )
         if not trace.num_turns:

@@ -290,6 +290,7 @@ def test_a_load_is_cut_to_the_servers_context_and_says_so(loads: list[LoadExperi
     assert "turns are left out" in result.output
     (begun,) = loads
     assert begun.plan.num_cut_turns > 0
+    assert begun.plan.scale == 4 / 64, "the factor that was used"
     assert begun.plan.num_turns == begun.trace.num_turns
     assert longest_turn_tokens(begun.trace) <= begun.plan.max_model_len == 8192
     read = msgspec.json.decode((tmp_path / "r.json").read_bytes(), type=LoadReport)
