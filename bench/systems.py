@@ -236,15 +236,26 @@ def simulated_router(settings: Settings, config: Path, folder: Path) -> Recipe:
     prefill_port, decode_port = free_ports(LOOPBACK, 2)
     env = _simulated_environment(settings, folder)
     engines = tuple(
-        Command(
-            f"mock-{phase}",
-            [sys.executable, "-m", "bench.mock_engine", str(config.resolve()), str(port)],
-            env,
-            f"{_url(port)}/health",
-        )
+        mock_engine(config, f"mock-{phase}", port, env)
         for phase, port in ((Phase.PREFILL, prefill_port), (Phase.DECODE, decode_port))
     )
     return _routed(settings, folder, engines, prefill_port, decode_port)
+
+
+def mock_engine(config: Path, name: str, port: int, env: dict[str, str]) -> Command:
+    """A server that simulates vLLM's API and nothing else."""
+    argv = [sys.executable, "-m", "bench.mock_engine", str(config.resolve()), str(port)]
+    return Command(name, argv, env, f"{_url(port)}/health")
+
+
+def mock_system(settings: Settings, config: Path) -> System:
+    """One such server alone: no system to be compared, but something that answers fast."""
+
+    def recipe(folder: Path) -> Recipe:
+        (port,) = free_ports(LOOPBACK)
+        return Recipe(_url(port), ((mock_engine(config, "mock", port, _simulated_environment(settings, folder)),),))
+
+    return LocalSystem("mock", recipe, settings.runtime.start_timeout_s)
 
 
 def _routed(

@@ -10,8 +10,11 @@
   which it holds all full blocks, if that has not been gone on with before and is more than a system prompt (blocks that
   more than 1 in 100 requests hold). A turn starts when its request arrived, after its session's start, or when the turn
   before it has ended if that is later.
+- Azure (github.com/Azure/AzurePublicDataset, `AzureLLMInferenceTrace_*.csv`): one request a line, in columns TIMESTAMP,
+  ContextTokens and GeneratedTokens. Nothing is said of what prompts share, so each request is a session of its own.
 """
 
+import csv
 import itertools
 import json
 import math
@@ -25,6 +28,9 @@ from bench.traces import Child, Session, Trace, TraceError, Trajectory, Turn, li
 
 MOONCAKE_BLOCK_TOKENS = 512
 SYSTEM_PROMPT_SHARE = 0.01
+AZURE_BLOCK_TOKENS = 64
+"""The trace has no blocks; a prompt is made of such."""
+AZURE_COLUMNS = ("ContextTokens", "GeneratedTokens")
 
 
 def read(path: Path) -> Trace:
@@ -32,14 +38,21 @@ def read(path: Path) -> Trace:
     if path.is_dir():
         if files := sorted(path.glob("*.json")):
             return _claude_code(path.name, files)
-        if not (files := sorted(path.glob("*.jsonl"))):
-            raise TraceError(f"{path} holds neither *.json (claude-code) nor *.jsonl (Mooncake)")
+        if not (files := sorted((*path.glob("*.jsonl"), *path.glob("*.csv")))):
+            raise TraceError(f"{path} holds neither *.json (claude-code) nor *.jsonl (Mooncake) nor *.csv (Azure)")
         if len(files) > 1:
             raise TraceError(f"{path} holds several traces; name one: {', '.join(str(file) for file in files)}")
         path = files[0]
-    if path.suffix == ".jsonl":
-        return _mooncake(path)
-    return _claude_code(path.stem, [path])
+    if not path.stat().st_size:
+        raise TraceError(f"{path} is empty")
+    try:
+        if path.suffix == ".csv":
+            return _azure(path)
+        if path.suffix == ".jsonl":
+            return _mooncake(path)
+        return _claude_code(path.stem, [path])
+    except UnicodeDecodeError as error:
+        raise TraceError(f"{path} is no text: {error}") from error
 
 
 @dataclass
@@ -260,3 +273,29 @@ def _chained(requests: Iterable[_Request]) -> list[list[_Request]]:
         if end := request.blocks[: request.num_prompt // MOONCAKE_BLOCK_TOKENS]:
             open_ends[end] = session
     return sessions
+
+
+# -- Azure
+
+
+def _azure(path: Path) -> Trace:
+    trajectories: list[Trajectory] = []
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        for index, row in enumerate(csv.DictReader(file), start=2):
+            where = f"{path}, line {index}"
+            if missing := [name for name in AZURE_COLUMNS if name not in row]:
+                raise TraceError(f"{where}: there is no column {', '.join(missing)}")
+            num_prompt, num_output = (_whole(row[name], f"{where}: {name}") for name in AZURE_COLUMNS)
+            num_prompt = max(num_prompt, 1)
+            num_blocks = -(-num_prompt // AZURE_BLOCK_TOKENS)
+            turn = Turn(num_prompt, max(num_output, 1), tuple(range(num_blocks)))
+            trajectories.append(Trajectory(f"{path.stem}-{index}", Session((turn,)), num_blocks))
+    if not trajectories:
+        raise TraceError(f"{path} holds no request")
+    return Trace(path.stem, AZURE_BLOCK_TOKENS, tuple(trajectories))
+
+
+def _whole(text: str | None, what: str) -> int:
+    if text is None or not text.strip().isdecimal():
+        raise TraceError(f"{what} is {text!r}; a whole number is needed")
+    return int(text)

@@ -5,7 +5,8 @@ A prompt is a row of block ids, and a turn says what of the session's earlier te
 the next prompt what an engine really wrote, where the recorded prompt has grown by the recorded answer.
 """
 
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 
@@ -158,3 +159,15 @@ def cut_trace(trace: Trace, max_model_len: int) -> Trace:
         if root is not None:
             kept.append(replace(trajectory, root=root))
     return replace(trace, trajectories=tuple(kept), num_cut_turns=num_cut)
+
+
+def arrivals(trace: Trace, rate_per_s: float, seed: str) -> Iterator[tuple[float, Trajectory]]:
+    """Trajectories, and when they arrive from 0 on, as a Poisson process without an end: each one once in a round. With
+    a seed they come at every rate in the same order and in the same proportions of time."""
+    source, at_s = random.Random(seed), 0.0
+    while True:
+        round_of = list(trace.trajectories)
+        source.shuffle(round_of)
+        for trajectory in round_of:
+            at_s += source.expovariate(1.0) / rate_per_s
+            yield at_s, trajectory

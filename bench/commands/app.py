@@ -6,6 +6,7 @@ from bench.commands.agents import agents
 from bench.commands.decisions import decisions
 from bench.commands.faults import faults
 from bench.commands.interference import interference
+from bench.commands.load import load
 from bench.commands.overhead import overhead
 from bench.commands.overload import overload
 from bench.commands.replay import replay
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 
 for command in (
+    load,
     overhead,
     streams,
     overload,

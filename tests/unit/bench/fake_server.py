@@ -44,6 +44,7 @@ class FakeServer:
 
     answer: Callable[[Body, asyncio.StreamWriter], Awaitable[None]] = answer_well
     bodies: list[Body] = field(default_factory=list)
+    heads: list[str] = field(default_factory=list)
     most_in_flight: int = 0
     url: str = ""
     _in_flight: int = 0
@@ -59,6 +60,7 @@ class FakeServer:
                 )
                 body = json.loads(await reader.readexactly(length))
                 self.bodies.append(body)
+                self.heads.append(head.decode())
                 self._in_flight += 1
                 self.most_in_flight = max(self.most_in_flight, self._in_flight)
                 await self.answer(body, writer)

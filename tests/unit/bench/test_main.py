@@ -11,13 +11,17 @@ import msgspec
 import pytest
 from typer.testing import CliRunner
 
-from bench import commands, emitter, overhead, overload, overload_live, streams
+from bench import commands, emitter, load_server, overhead, overload, overload_live, streams
 from bench.commands.app import app
+from bench.load import LoadExperiment
+from bench.load_plan import ServerFacts, ServerKind
+from bench.load_report import LoadReport, Use, evaluate
 from bench.overhead import Experiment
 from bench.overload_report import OverloadReport
 from bench.results import StartFailure
 from bench.stream_report import StreamsReport
 from bench.systems import StartFailed
+from bench.workloads import longest_turn_tokens
 from gateway.runtime import processes
 from gateway.runtime.processes import HealPlan
 from tests.unit.bench.test_overload_report import SCENARIO
@@ -243,3 +247,67 @@ def test_an_overload_of_real_engines_that_do_not_start_makes_the_run_fail(monkey
     code, output = run("--engine", "vllm", "--overload-s", "5", command="overload")
     assert code == 1
     assert "no memory" in output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "give a workload: agents, chat"),
+        (["no-such"], "there is no workload and no file no-such; there are agents, chat"),
+        (["chat", "--rate", "1", "--concurrency", "2"], "exclude each other"),
+        (["chat", "--slo", "fast"], "--slo: 'fast' is no service level"),
+        (["chat", "--duration-s", "5", "--warm-up-s", "5"], "nothing is measured"),
+        (["chat", "--url", "http://127.0.0.1:9"], "cannot reach http://127.0.0.1:9"),
+    ],
+)
+def test_a_load_that_cannot_be_is_refused_in_one_line(options: list[str], message: str) -> None:
+    result = CliRunner().invoke(app, ["load", *options])
+    assert result.exit_code == 2
+    assert message in result.output
+    assert result.output.count("\n") == 1
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[LoadExperiment]:
+    """The loads that would have been run; each gives an empty report."""
+    begun: list[LoadExperiment] = []
+
+    def run_nothing(experiment: LoadExperiment) -> LoadReport:
+        begun.append(experiment)
+        return evaluate(
+            experiment.plan, experiment.setting, experiment.server, [], [], 0, Use(1.0, 1.0, 0.0), complete=False
+        )
+
+    served = ServerFacts("http://there", "m", ServerKind.OTHER, None, max_model_len=8192)
+    monkeypatch.setattr(load_server, "facts", lambda *_: served)
+    monkeypatch.setattr(LoadExperiment, "run", run_nothing)
+    return begun
+
+
+def test_a_load_is_cut_to_the_servers_context_and_says_so(loads: list[LoadExperiment], tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["load", "agents", "--scale", "0.06", "--json", str(tmp_path / "r.json")])
+    assert result.exit_code == 130, "it was interrupted"
+    assert "turns are left out" in result.output
+    (begun,) = loads
+    assert begun.plan.num_cut_turns > 0
+    assert begun.plan.scale == 4 / 64, "the factor that was used"
+    assert begun.plan.num_turns == begun.trace.num_turns
+    assert longest_turn_tokens(begun.trace) <= begun.plan.max_model_len == 8192
+    read = msgspec.json.decode((tmp_path / "r.json").read_bytes(), type=LoadReport)
+    assert not read.complete
+    assert read.why_invalid == ("no turn was measured",)
+
+
+def test_a_load_of_which_no_turn_fits_is_refused(loads: list[LoadExperiment]) -> None:
+    result = CliRunner().invoke(app, ["load", "agents"])
+    assert result.exit_code == 2
+    assert "no turn of agents fits 8,192 tokens; make all shorter with --scale" in result.output
+    assert not loads
+
+
+def test_each_load_has_text_of_its_own_unless_it_is_told_which(loads: list[LoadExperiment]) -> None:
+    for options in ([], [], ["--salt", "same"]):
+        CliRunner().invoke(app, ["load", "chat", *options])
+    first, second, third = (one.plan.salt for one in loads)
+    assert first != second
+    assert third == "same"

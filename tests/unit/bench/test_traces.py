@@ -1,12 +1,13 @@
 """Published files are read into sessions that go on as recorded; what is wrong in a file is said with its place."""
 
+import itertools
 import json
 from pathlib import Path
 
 import pytest
 
 from bench.trace_files import read
-from bench.traces import TraceError, Turn, cut_trace, linked
+from bench.traces import Session, Trace, TraceError, Trajectory, Turn, arrivals, cut_trace, linked
 from tests.unit.bench.traces import agent, request, write_mooncake, write_session, write_sessions
 
 
@@ -136,3 +137,52 @@ def test_a_session_only_of_children_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps({"block_size": 64, "requests": []}))
     with pytest.raises(TraceError, match="requests is not a list of requests"):
         read(path)
+
+
+def write_azure(path: Path, *rows: str) -> Path:
+    path.write_text("\n".join(("TIMESTAMP,ContextTokens,GeneratedTokens", *rows)) + "\n")
+    return path
+
+
+def test_azure_requests_are_sessions_of_their_own(tmp_path: Path) -> None:
+    trace = read(write_azure(tmp_path / "a.csv", "2023-11-16 18:17:03,130,10", "2023-11-16 18:17:04,64,0"))
+    first, second = (trajectory.root.turns for trajectory in trace.trajectories)
+    assert first == (Turn(130, 10, (0, 1, 2)),)
+    assert second == (Turn(64, 1, (0,)),)
+    assert [trajectory.num_own_ids for trajectory in trace.trajectories] == [3, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "error"),
+    [
+        ("a.csv", b"TIMESTAMP,ContextTokens,GeneratedTokens\n", "holds no request"),
+        ("a.csv", b"TIMESTAMP,ContextTokens\nx,1\n", "line 2: there is no column GeneratedTokens"),
+        ("a.csv", b"TIMESTAMP,ContextTokens,GeneratedTokens\nx,many,1\n", "line 2: ContextTokens is 'many'"),
+        ("a.csv", b"TIMESTAMP,ContextTokens,GeneratedTokens\nx,1\n", "line 2: GeneratedTokens is None"),
+        ("a.json", b"", "is empty"),
+        ("a.jsonl", b"", "is empty"),
+        ("a.jsonl", b"\n\n", "holds no request"),
+        ("a.bin", b"\xff\xfe\x00", "is no text"),
+    ],
+)
+def test_an_empty_trace_and_a_wrong_format_are_said_in_one_line(
+    tmp_path: Path, name: str, content: bytes, error: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(TraceError, match=error) as raised:
+        read(tmp_path / name)
+    assert "\n" not in str(raised.value)
+
+
+def test_arrivals_keep_their_order_at_every_rate_and_come_at_it() -> None:
+    trace = read_many(50)
+    slow, fast = (list(itertools.islice(arrivals(trace, rate, "seed"), 1000)) for rate in (1.0, 4.0))
+    assert [one for _, one in slow] == [one for _, one in fast]
+    assert [at_s for at_s, _ in slow] == pytest.approx([4 * at_s for at_s, _ in fast])
+    assert slow[-1][0] == pytest.approx(1000, rel=0.1)
+    assert len({one.name for _, one in slow[:50]}) == 50, "each once before any comes again"
+    assert next(arrivals(trace, 1.0, "other")) != slow[0]
+
+
+def read_many(number: int) -> Trace:
+    return Trace("t", 64, tuple(Trajectory(str(index), Session((Turn(1, 1, (0,)),)), 1) for index in range(number)))

@@ -1,0 +1,241 @@
+"""Owns the command `load`: recorded or synthetic sessions against any OpenAI-compatible server."""
+
+import os
+import secrets
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from bench.commands.terminal import DEFAULT_CONFIGS, end, fail, make_console, num_missed, parse_names
+from bench.interrupts import INTERRUPTED, interrupt_once
+from bench.load_plan import DEFAULT_SLOS, SLOS, LoadPlan, ServerFacts, ServerKind, slo_of
+from bench.results import EngineKind, gather_setting, write_json
+from bench.workloads import WORKLOADS
+from gateway.client import API_KEY_VARIABLE
+
+if TYPE_CHECKING:
+    from bench.load_report import LoadReport
+    from bench.traces import Trace
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+GENERATOR_CHECK_PER_S = 2_100.0
+GENERATOR_CHECK_LENGTHS = (32, 4)
+"""Of prompt and answer, in tokens."""
+SAID_EVERY_S = 10.0
+
+
+def load(
+    workload: Annotated[
+        str,
+        typer.Argument(help=f"{', '.join(WORKLOADS)}; or a recorded trace, a file or folder (bench/trace_files.py)."),
+    ] = "",
+    url: Annotated[str, typer.Option(help="The server, without /v1.")] = DEFAULT_URL,
+    model: Annotated[str | None, typer.Option(help="Default: the one that is served.")] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar=API_KEY_VARIABLE, help="Better given in the environment.", show_envvar=True)
+    ] = None,
+    rate: Annotated[float | None, typer.Option(min=0.001, help="Trajectories that arrive per second.")] = None,
+    concurrency: Annotated[
+        int | None, typer.Option(min=1, help="A closed loop instead: so many trajectories at a time.")
+    ] = None,
+    duration_s: Annotated[float | None, typer.Option(min=1.0, help="How long trajectories arrive.")] = None,
+    warm_up_s: Annotated[float | None, typer.Option(min=0.0, help="Of it, not measured; default: a fifth.")] = None,
+    drain_s: Annotated[float, typer.Option(min=0.0, help="How much longer sessions under way may go on.")] = 30.0,
+    scale: Annotated[float, typer.Option(min=0.001, help="Multiplies all lengths, to fit a small context.")] = 1.0,
+    max_pause_s: Annotated[float, typer.Option(min=0.0, help="Longer pauses are cut to this.")] = 30.0,
+    max_model_len: Annotated[
+        int | None, typer.Option(min=1, help="Where the server does not tell its context.")
+    ] = None,
+    slo: Annotated[
+        str, typer.Option(help=f"Comma-separated, TTFT/TPOT in ms as in 2000/100, or of: {', '.join(SLOS)}.")
+    ] = ",".join(DEFAULT_SLOS),
+    request_timeout_s: Annotated[float, typer.Option(min=1.0, help="A request that takes longer has failed.")] = 300.0,
+    max_lateness_ms: Annotated[
+        float, typer.Option(min=0.1, help="A run whose generator's lateness p99 is above is invalid.")
+    ] = 10.0,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder or Hugging Face id: prompts of all its plain tokens.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Decides who arrives when, and all lengths.")] = 0,
+    salt: Annotated[str | None, typer.Option(help="Decides the text; default: new, so that no cache has it.")] = None,
+    generator_check: Annotated[
+        bool, typer.Option("--generator-check", help="Measure the generator alone, against a mock server.")
+    ] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything that was measured here.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Ten seconds, short pauses.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Exit 1 where a target is missed.")] = False,
+) -> None:
+    """Load a server with sessions of agents, chats or single requests that do not wait for it."""
+    console = make_console()
+    from bench.load_report import GENERATOR_TARGETS, targets
+
+    if concurrency is not None and rate is not None:
+        fail("--rate and --concurrency exclude each other: an open or a closed loop")
+    try:
+        slos = tuple(slo_of(name) for name in parse_names(slo))
+    except ValueError as error:
+        fail(f"--slo: {error}")
+    duration_s = duration_s or (10.0 if quick else 60.0)
+    plan = LoadPlan(
+        workload=workload,
+        rate_per_s=None if concurrency is not None else rate or 1.0,
+        concurrency=concurrency,
+        duration_s=duration_s,
+        warm_up_s=duration_s / 5 if warm_up_s is None else warm_up_s,
+        drain_s=min(drain_s, 10.0) if quick else drain_s,
+        seed=seed,
+        salt=salt or secrets.token_hex(4),
+        slos=slos,
+        max_pause_s=min(max_pause_s, 2.0) if quick else max_pause_s,
+        request_timeout_s=request_timeout_s,
+        max_lateness_ms=max_lateness_ms,
+        max_model_len=max_model_len,
+        vocabulary=tokenizer or "",
+    )
+    if plan.warm_up_s >= plan.duration_s:
+        fail(f"--warm-up-s is {plan.warm_up_s:g}, not less than --duration-s, {plan.duration_s:g}: nothing is measured")
+    interrupt_once()
+    try:
+        if generator_check:
+            report = _check_generator(console, plan)
+        else:
+            report = _load(console, plan, url.rstrip("/").removesuffix("/v1"), model, api_key, scale)
+    except KeyboardInterrupt:
+        console.print("[yellow]interrupted before anything was measured[/]")
+        raise typer.Exit(INTERRUPTED) from None
+    if json_file is not None:
+        write_json(report, json_file)
+    from bench.load_report import table
+
+    console.print(table(report))
+    for error in report.errors:
+        console.print(f"[red]failed:[/] {escape(error)}", soft_wrap=True)
+    chosen = GENERATOR_TARGETS if generator_check else targets(plan)
+    missed = num_missed(console, chosen, report) if check else 0
+    end(report.complete, missed or report.why_invalid)
+
+
+def _load(
+    console: Console, plan: LoadPlan, url: str, model: str | None, api_key: str | None, scale: float
+) -> "LoadReport":
+    from bench.load_server import ServerError, facts
+    from bench.traces import TraceError, cut_trace
+    from bench.workloads import longest_turn_tokens, scaled
+
+    try:
+        whole = _trace(plan)
+        trace = scaled(whole, scale)
+        server = facts(url, model, api_key)
+    except (TraceError, ServerError, OSError) as error:
+        fail(str(error))
+    scale = trace.block_size_tokens / whole.block_size_tokens
+    whole_turns = whole.num_turns
+    if (context := plan.max_model_len or server.max_model_len) is not None:
+        longest = longest_turn_tokens(trace)
+        trace = cut_trace(trace, context)
+        if longest > context:
+            shorter = max(trace.block_size_tokens * context // longest, 1) / whole.block_size_tokens
+            console.print(
+                f"[yellow]{whole_turns - trace.num_turns:,} of {whole_turns:,} turns are left out: the longest has "
+                f"{longest:,} tokens, the context {context:,}; --scale {shorter:.3g} leaves out fewer[/]",
+                soft_wrap=True,
+            )
+        if not trace.num_turns:
+            fail(f"no turn of {plan.workload} fits {context:,} tokens; make all shorter with --scale")
+    plan = replace(
+        plan,
+        scale=scale,
+        max_model_len=context,
+        num_trajectories=len(trace.trajectories),
+        num_turns=trace.num_turns,
+        num_cut_turns=whole_turns - trace.num_turns,
+    )
+    return _run(console, plan, trace, server, api_key)
+
+
+def _trace(plan: LoadPlan) -> "Trace":
+    """Raises TraceError, OSError."""
+    from bench.trace_files import read
+    from bench.traces import TraceError
+    from bench.workloads import synthetic
+
+    if plan.workload in WORKLOADS:
+        return synthetic(plan.workload, plan.seed)
+    if not plan.workload:
+        raise TraceError(f"give a workload: {', '.join(WORKLOADS)}, or the path of a recorded trace")
+    if not Path(plan.workload).exists():
+        raise TraceError(f"there is no workload and no file {plan.workload}; there are {', '.join(WORKLOADS)}")
+    return read(Path(plan.workload))
+
+
+def _run(console: Console, plan: LoadPlan, trace: "Trace", server: ServerFacts, api_key: str | None) -> "LoadReport":
+    from bench.load import LoadExperiment
+    from bench.load import Progress as Reached
+    from bench.load_text import PLAIN_TOKENS
+    from bench.streams import raise_open_files
+    from engine.vocabulary import plain_tokens
+
+    try:
+        vocabulary = plain_tokens(plan.vocabulary) if plan.vocabulary else PLAIN_TOKENS
+    except ValueError as error:
+        fail(f"--tokenizer: {error}")
+    raise_open_files(0)
+    if server.engine is EngineKind.SIMULATED:
+        console.print("[yellow]the engine is simulated: no figure is a figure of a model[/]")
+    console.print(f"{plan.workload}, {plan.how}, {plan.duration_s:g} s at {server.url}", soft_wrap=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    # A thread that redraws would hold up the generator whenever it likes.
+    bar = Progress(*columns, console=console, transient=True, auto_refresh=False, disable=not console.is_terminal)
+    task = bar.add_task("", total=plan.duration_s)
+    said_s = 0.0
+
+    def show(reached: Reached) -> None:
+        nonlocal said_s
+        words = (
+            f"{reached.num_turns:,} turns ended, {reached.in_flight:,} in flight, {reached.num_refused:,} refused, "
+            f"{reached.num_failed:,} failed, at most {reached.lateness_ms:.1f} ms late"
+        )
+        bar.update(task, completed=reached.at_s, description=words, refresh=True)
+        if not console.is_terminal and reached.at_s - said_s >= SAID_EVERY_S:
+            said_s = reached.at_s
+            console.print(f"{reached.at_s:.0f} s: {words}", soft_wrap=True)
+
+    experiment = LoadExperiment(plan, trace, vocabulary, server, api_key, gather_setting(), show)
+    with bar:
+        report = experiment.run()
+    if not report.complete:
+        console.print("[yellow]interrupted; what was measured until then is reported[/]")
+    return report
+
+
+def _check_generator(console: Console, plan: LoadPlan) -> "LoadReport":
+    """Generator and mock server each on a core of their own, where there are two."""
+    import psutil
+
+    from bench.systems import StartFailed, mock_system
+    from bench.workloads import fixed
+    from gateway.settings import load as load_settings
+
+    config = DEFAULT_CONFIGS[EngineKind.SIMULATED]
+    settings = load_settings(config)
+    system = mock_system(settings, config)
+    plan = replace(plan, workload="generator-check", rate_per_s=GENERATOR_CHECK_PER_S, concurrency=None)
+    cores = sorted(os.sched_getaffinity(0))
+    try:
+        system.start()
+        if len(cores) > 1:
+            os.sched_setaffinity(0, cores[:1])
+            for id in system.processes():
+                psutil.Process(id.pid).cpu_affinity(cores[1:])
+        server = ServerFacts(system.url, settings.model_name, ServerKind.OTHER, EngineKind.SIMULATED)
+        return _run(console, plan, fixed(*GENERATOR_CHECK_LENGTHS), server, None)
+    except StartFailed as error:
+        fail(f"{error}\n{error.log_tail}")
+    finally:
+        os.sched_setaffinity(0, cores)
+        system.stop()
