@@ -169,19 +169,20 @@ async def test_pools_are_where_their_labels_are_and_blocks_go_from_node_to_node(
 async def test_a_node_that_dies_costs_no_answer_and_its_pool_is_whole_when_another_joins(site: Site, pool: str) -> None:
     places = await site.places(pool)
     # Prompts that take many steps to read, so that prefill is met in between.
-    asks = some(2) if pool == "decode" else some(3, max_tokens=64, prompt_tokens=2500)
+    asks = some(2, max_tokens=1200) if pool == "decode" else some(3, max_tokens=64, prompt_tokens=2500)
     late_asks = some(4, 1, max_tokens=32)
     clients = site.asks(asks)
 
     async def is_met() -> bool:
-        """Every replica of the pool has requests; of decode, most answers have begun."""
+        """Every replica of the pool has requests; of decode, some answers have begun."""
         counts = in_flight(await site.views())
         num_begun = sum(client.has_begun and not client.has_ended for client in clients)
-        return all(counts.get(id) for id in places) and (pool == "prefill" or num_begun > NUM_CLIENTS // 2)
+        return all(counts.get(id) for id in places) and (pool == "prefill" or num_begun > 2)
 
     await site.until(is_met, f"requests on every {pool} replica", NOTICED_S)
-    (victim, name), *_ = sorted(places.items(), key=lambda place: place[1])
-    num_held = in_flight(await site.views()).get(victim, 0)
+    counts = in_flight(await site.views())
+    victim = max(places, key=lambda id: counts.get(id, 0))
+    name, num_held = places[victim], counts.get(victim, 0)
     await asyncio.to_thread(site.nodes.kill, name)
     blow_s = time.monotonic()
 
