@@ -5,15 +5,17 @@ reports that an engine would send. So whatever is measured is the gateway's.
 """
 
 import asyncio
+import contextlib
 import gc
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 
 from bench.decisions_report import Decision, DecisionsPlan, Load
 from bench.stats import percentiles
 from bench.virtual_time import VirtualTimeLoop
 from engine.blocks import block_hashes
+from engine.deployment import calm_garbage_collector
 from engine.protocol import (
     BlockChanges,
     EngineInfo,
@@ -69,21 +71,23 @@ def decide(plan: DecisionsPlan, replicas: int, policy: str, seed: int) -> Decisi
         cluster.fold(WorkerReport(replica_id, phase, 0, [], EngineLoad(), INFO, blocks=BlockChanges(held, [], True)))
     chosen = POLICIES[policy]
     took_s: list[float] = []
-    _settle_memory()
-    for number in range(plan.decisions):
-        now_s += 0.01
-        for replica_id in draw.sample(sorted(names), len(names) // 2):
-            running = draw.randint(0, 20)
-            load = EngineLoad(running, 0, running * 20_000, num_kv_blocks_used=draw.randrange(NUM_KV_BLOCKS))
-            cluster.fold(WorkerReport(replica_id, names[replica_id], number, [], load))
-        request = RequestView(f"r{number}", plan.prompt_tokens, 500, number=number, session=SessionView(3, None, None))
-        began_s = time.thread_time()
-        snapshot = cluster.snapshot(hashes)
-        placement = place(chosen, request, snapshot, number)
-        assert isinstance(placement, Placement)
-        admit(request, placement, snapshot, ADMISSION)
-        rank_ms(request, now_s, predict(request, placement, snapshot).read_s, ADMISSION.ttft_deadline_s)
-        took_s.append(time.thread_time() - began_s)
+    with _gateways_garbage():
+        for number in range(plan.decisions):
+            now_s += 0.01
+            for replica_id in draw.sample(sorted(names), len(names) // 2):
+                running = draw.randint(0, 20)
+                load = EngineLoad(running, 0, running * 20_000, num_kv_blocks_used=draw.randrange(NUM_KV_BLOCKS))
+                cluster.fold(WorkerReport(replica_id, names[replica_id], number, [], load))
+            request = RequestView(
+                f"r{number}", plan.prompt_tokens, 500, number=number, session=SessionView(3, None, None)
+            )
+            began_s = time.thread_time()
+            snapshot = cluster.snapshot(hashes)
+            placement = place(chosen, request, snapshot, number)
+            assert isinstance(placement, Placement)
+            admit(request, placement, snapshot, ADMISSION)
+            rank_ms(request, now_s, predict(request, placement, snapshot).read_s, ADMISSION.ttft_deadline_s)
+            took_s.append(time.thread_time() - began_s)
     return Decision(policy, replicas, percentiles([seconds * 1000 for seconds in took_s]))
 
 
@@ -160,22 +164,22 @@ async def _load(plan: DecisionsPlan, replicas: int, requests: int, policy: str, 
     await orchestrator.start(each, 1e6)
     shared = [draw.randrange(VOCABULARY) for _ in range(SHORT_PROMPT_TOKENS)]
     took_s: list[float] = []
-    _settle_memory()
-    began_s = time.process_time()
-    for first in range(0, NUM_WARM_UP + requests, AT_ONCE):
-        for number in range(first, first + AT_ONCE):
-            session, turn = turn_of(number)
-            # A prompt of its own for each session, which goes on in every turn.
-            own = [session] * (BLOCK_TOKENS * (1 + turn))
-            group = orchestrator.new_group(f"r{number}", 1, hints=Hints(session=f"s{session}"))
-            orchestrator.add(SequenceRequest(f"r{number}", shared + own, 8, b"", resumable=True), group)
-        while orchestrator.num_in_flight:
-            await orchestrator.next_deltas()
-        await asyncio.sleep(0.01)
-        now_s = time.process_time()
-        if first >= NUM_WARM_UP:
-            took_s.append((now_s - began_s) / AT_ONCE)
-        began_s = now_s
+    with _gateways_garbage():
+        began_s = time.process_time()
+        for first in range(0, NUM_WARM_UP + requests, AT_ONCE):
+            for number in range(first, first + AT_ONCE):
+                session, turn = turn_of(number)
+                # A prompt of its own for each session, which goes on in every turn.
+                own = [session] * (BLOCK_TOKENS * (1 + turn))
+                group = orchestrator.new_group(f"r{number}", 1, hints=Hints(session=f"s{session}"))
+                orchestrator.add(SequenceRequest(f"r{number}", shared + own, 8, b"", resumable=True), group)
+            while orchestrator.num_in_flight:
+                await orchestrator.next_deltas()
+            await asyncio.sleep(0.01)
+            now_s = time.process_time()
+            if first >= NUM_WARM_UP:
+                took_s.append((now_s - began_s) / AT_ONCE)
+            began_s = now_s
     await orchestrator.close()
     tenth = max(len(took_s) // 10, 1)
     return Load(
@@ -202,7 +206,13 @@ def _replicas(number: int) -> Mapping[str, Phase]:
     return {f"{phase}-{index:03}": phase for index, phase in enumerate(phases)}
 
 
-def _settle_memory() -> None:
-    """As a gateway does when it has started (`gateway.app`): what is there now is not looked through again."""
-    gc.collect()
-    gc.freeze()
+@contextlib.contextmanager
+def _gateways_garbage() -> Iterator[None]:
+    """Garbage is collected as in a gateway that has started (`gateway.app`)."""
+    before = gc.get_threshold()
+    calm_garbage_collector()
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+        gc.unfreeze()
