@@ -20,19 +20,34 @@ END_WITHIN_S = 10.0
 
 
 @contextlib.contextmanager
+def _put_off(number: int) -> Iterator[None]:
+    """A signal that comes inside is handled at the end, if Python handles it. In the main thread only."""
+    came: list[int] = []
+    before = signal.signal(number, lambda number, _frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+        if came:
+            signal.raise_signal(number)
+
+
+@contextlib.contextmanager
 def started(processes: Sequence[BaseProcess]) -> Iterator[None]:
     """They run inside; after it none is left, whatever happens inside.
 
     Ctrl-C reaches every process of a terminal's foreground, also one that is still being imported, whose traceback says
-    nothing. So they are born with SIGINT blocked.
+    nothing. So they are born with SIGINT blocked. Here it waits until all have begun: one that was half begun would
+    miss what this process had still to tell it. To block it does not do that, because another thread may take it.
     """
     try:
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-        try:
-            for process in processes:
-                process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        with _put_off(signal.SIGINT):
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+            try:
+                for process in processes:
+                    process.start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         yield
     finally:
         begun = [process for process in processes if process.pid is not None]

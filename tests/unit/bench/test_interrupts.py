@@ -1,5 +1,6 @@
 """Ctrl-C ends a benchmark with a line, an exit code and no process left, whatever it is doing just then."""
 
+import _thread
 import gc
 import multiprocessing
 import os
@@ -118,3 +119,24 @@ def test_a_worker_is_not_interrupted_but_ended() -> None:
     with started([worker]):
         assert went_on.wait(WITHIN_S)
     assert not worker.is_alive()
+
+
+class _HalfBegun:
+    """A process in the middle of whose start Ctrl-C comes, taken by another thread than this one."""
+
+    pid = None
+    has_begun = False
+
+    def start(self) -> None:
+        _thread.interrupt_main()
+        time.monotonic()
+        self.has_begun = True
+
+
+@pytest.mark.usefixtures("_signals_are_restored")
+def test_a_worker_is_begun_whole_also_if_another_thread_takes_the_interruption() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    worker: Any = _HalfBegun()
+    with pytest.raises(KeyboardInterrupt), started([worker]):
+        pass
+    assert worker.has_begun
