@@ -1,6 +1,5 @@
 """Owns the experiment `replay`: if asked for, constants are tuned; every policy's goodput; all at the same loads."""
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -103,4 +102,4 @@ class Experiment:
 
 def _bare(plan: RunPlan) -> RunPlan:
     """What is asked of a policy, whatever its constants and the rate."""
-    return replace(plan, rate_per_s=0.0, load=math.nan, constants="", drains=True)
+    return replace(plan, rate_per_s=0.0, load=None, constants="", drains=True)

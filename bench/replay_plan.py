@@ -63,7 +63,7 @@ class RunPlan:
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 8192
     max_leap_steps: int = 64
-    load: float = math.nan
+    load: float | None = None
     drains: bool = True
     reverse: bool = False
     kv_factor: float = 1.0

@@ -30,7 +30,7 @@ def draw(report: ReplayReport, path: Path) -> None:
                 name = f"{Path(trace).name} {shape}"
                 goodput = report.mean_goodput_per_s(trace, policy, shape)
                 bars[0] += [] if goodput is None else [(name, goodput * 60)]
-                for load in sorted({run.plan.load for run in report.runs}):
+                for load in sorted({run.plan.load for run in report.runs if run.plan.load is not None}):
                     if cell := report.cell(trace, load, policy, shape):
                         for row, (_, figure) in enumerate(FIGURES, start=1):
                             bars[row].append((f"{name} load {load:.3g}", mean([figure(run) for run in cell])))

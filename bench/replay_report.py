@@ -263,7 +263,7 @@ def run_tables(report: ReplayReport) -> Iterator[Table]:
     """Two for each trace and load: times, and what they took."""
     for trace in report.plan.traces:
         runs = [run for run in report.runs if run.plan.trace == trace]
-        for load in sorted({run.plan.load for run in runs}):
+        for load in sorted({run.plan.load for run in runs if run.plan.load is not None}):
             per_minute = sorted({f"{run.plan.rate_per_s * 60:.3g}" for run in runs if run.plan.load == load})
             of = "the best other's goodput" if report.plan.searches else "the bound"
             where = f"{Path(trace).name}, {', '.join(per_minute)} trajectories a minute, {load:.3g} of {of}"

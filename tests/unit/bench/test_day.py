@@ -145,7 +145,9 @@ def test_the_command_says_what_it_found(folder: Path, tmp_path: Path) -> None:
     assert "turns in time" in picture.read_text()
     # Every run is in the report already.
     again = CliRunner().invoke(app, [*arguments, "--resume", str(file)])
-    assert "GPU-hours, " not in again.output, again.output
+    assert again.exit_code == result.exit_code, again.output
+    assert "GPU-hours of a day over" in again.output
+    assert "GPU-hours, " not in again.output
     assert json.loads(file.read_text())["days"] == data["days"]
 
 
