@@ -165,8 +165,10 @@ class LoadExperiment:
             self._group.create_task(self._trajectory(trajectory, at_s))
 
     async def _one_after_another(self, drawn: Iterator[tuple[float, Trajectory]]) -> None:
-        while (now_s := self._now_s()) < self.plan.duration_s:
-            await self._trajectory(next(drawn)[1], now_s)
+        due_s = 0.0
+        while due_s < self.plan.duration_s:
+            await self._trajectory(next(drawn)[1], due_s)
+            due_s = self._now_s()
 
     async def _trajectory(self, trajectory: Trajectory, due_s: float) -> None:
         client = _Client(f"{self.plan.salt}-{next(self._names)}", self._texts.copy_of(trajectory.num_own_ids))

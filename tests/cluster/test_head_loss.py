@@ -79,8 +79,8 @@ def test_streams_outlive_the_head_and_what_died_meanwhile_is_replaced_when_it_is
         site.nodes.kill(HEAD.name)
         lost_s = time.monotonic()
         assert_going_on(streams, clients)
-        assert len(site.views()) == NUM_GATEWAYS
-        assert gateways_that_tell(site) == NUM_GATEWAYS
+        wait_until(lambda: len(site.views()) == NUM_GATEWAYS, "both gateways to answer", PATIENCE_S)
+        wait_until(lambda: gateways_that_tell(site) == NUM_GATEWAYS, "a scrape to have both", PATIENCE_S)
 
         os.kill(before[victim], signal.SIGKILL)
         wait_until(lambda: set().union(*site.views().values()) == {survivor}, "the loss to be known", PATIENCE_S)
