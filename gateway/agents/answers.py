@@ -1,6 +1,6 @@
 """Owns how long answers are: a running mean for each agent of a tenant."""
 
-from gateway.agents.shares import Shares
+from gateway.shares import Shares
 
 WEIGHT = 0.1
 """Of the newest answer."""

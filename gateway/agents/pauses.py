@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
-from gateway.agents.shares import Shares
+from gateway.shares import Shares
 
 NO_TOOL = ""
 """The tool of a turn that called none: the pause is a person's."""
@@ -150,7 +150,7 @@ class PauseModel:
     names of clients' choosing, so nobody teaches what is another's. A prediction starts from all pauses of the tenant
     and goes on to the more special ones, each of which counts as much as it has seen.
 
-    Of more than `max_kinds` the tenant that has most forgets one (`gateway.agents.shares`).
+    Of more than `max_kinds` the tenant that has most forgets one (`gateway.shares`).
     """
 
     def __init__(self, idle_s: float = 1800.0, max_kinds: int = 4096) -> None:

@@ -1,7 +1,7 @@
 """Owns the sessions that are known: which one a request belongs to, where it was, what is expected of it next.
 
 A session is one conversation: one growing prompt. Memory is bounded by the number of sessions and by their tokens: of
-too many, those go first that the tenant with the most has used the longest ago (`gateway.agents.shares`). A session
+too many, those go first that the tenant with the most has used the longest ago (`gateway.shares`). A session
 that nobody has used for `PauseModel.idle_s` is forgotten. Times are those of the caller's clock.
 """
 
@@ -17,9 +17,9 @@ from gateway.agents.pauses import NO_TOOL, PauseModel, PausePrediction
 from gateway.agents.promises import Promise, Promises
 from gateway.agents.prompts import Prompt, packed
 from gateway.agents.recognition import MIN_BLOCKS, Beginnings, Tips, checkpoints
-from gateway.agents.shares import Shares
 from gateway.agents.trajectories import Member
 from gateway.routing.types import Hints, Placement, SessionView
+from gateway.shares import Shares
 
 DUE_PER_SESSION = 4
 """So many expected returns are kept for each session that may be known; those before the last one mean nothing."""

@@ -1,6 +1,5 @@
 """Owns receipts: the record of each placement's inputs, choice and outcome, the last N in memory."""
 
-from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +8,7 @@ import msgspec
 from gateway.routing.admission import AdmissionConfig, Admitted
 from gateway.routing.predict import Prediction
 from gateway.routing.types import ClusterSnapshot, Placement, RequestView
+from gateway.shares import Shares
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,21 +144,15 @@ class ReceiptStore:
     def __init__(self, capacity: int):
         self._capacity = capacity
         self._receipts: dict[str, Receipt] = {}
-        self._ids: dict[str | None, OrderedDict[str, None]] = {}
-        """Of each tenant that has any, the oldest first."""
+        self._by_use: Shares[str] = Shares()
 
     def put(self, receipt: Receipt) -> None:
-        request_id = receipt.request_id
-        ids = self._ids.setdefault(receipt.request.hints.tenant, OrderedDict())
-        ids[request_id] = None
-        ids.move_to_end(request_id)
-        self._receipts[request_id] = receipt
+        self._receipts[receipt.request_id] = receipt
+        self._by_use.use(receipt.request_id, receipt.request.hints.tenant)
         while len(self._receipts) > self._capacity:
-            tenant = max(self._ids, key=lambda one: len(self._ids[one]))
-            oldest, _ = self._ids[tenant].popitem(last=False)
+            oldest = self._by_use.first
+            self._by_use.discard(oldest)
             del self._receipts[oldest]
-            if not self._ids[tenant]:
-                del self._ids[tenant]
 
     def get(self, request_id: str) -> Receipt | None:
         return self._receipts.get(request_id)

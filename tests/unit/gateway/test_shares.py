@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.agents.shares import Shares
+from gateway.shares import Shares
 
 # Each key is one tenant's, as the names of sessions are.
 KEYS = [("a", 0), ("a", 1), ("a", 2), ("b", 0), ("b", 1), (None, 0), (None, 1)]
