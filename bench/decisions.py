@@ -1,21 +1,21 @@
 """Owns the experiment `decisions`: what the gateway's own work on a request costs in CPU, at any number of both.
 
 The orchestrator is the one that ships. The replicas here are none: what takes a request answers it at once, with the
-reports that an engine would send. So whatever is measured is the gateway's.
+reports that an engine would send. So whatever is measured is the gateway's. Garbage is collected as in one that has
+started.
 """
 
 import asyncio
-import contextlib
-import gc
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
 from bench.decisions_report import Decision, DecisionsPlan, Load
+from bench.garbage import collected_at
 from bench.stats import percentiles
 from bench.virtual_time import VirtualTimeLoop
 from engine.blocks import block_hashes
-from engine.deployment import calm_garbage_collector
+from engine.deployment import GC_THRESHOLDS
 from engine.protocol import (
     BlockChanges,
     EngineInfo,
@@ -71,7 +71,7 @@ def decide(plan: DecisionsPlan, replicas: int, policy: str, seed: int) -> Decisi
         cluster.fold(WorkerReport(replica_id, phase, 0, [], EngineLoad(), INFO, blocks=BlockChanges(held, [], True)))
     chosen = POLICIES[policy]
     took_s: list[float] = []
-    with _gateways_garbage():
+    with collected_at(*GC_THRESHOLDS):
         for number in range(plan.decisions):
             now_s += 0.01
             for replica_id in draw.sample(sorted(names), len(names) // 2):
@@ -164,7 +164,7 @@ async def _load(plan: DecisionsPlan, replicas: int, requests: int, policy: str, 
     await orchestrator.start(each, 1e6)
     shared = [draw.randrange(VOCABULARY) for _ in range(SHORT_PROMPT_TOKENS)]
     took_s: list[float] = []
-    with _gateways_garbage():
+    with collected_at(*GC_THRESHOLDS):
         began_s = time.process_time()
         for first in range(0, NUM_WARM_UP + requests, AT_ONCE):
             for number in range(first, first + AT_ONCE):
@@ -204,15 +204,3 @@ def _replicas(number: int) -> Mapping[str, Phase]:
     """Half of them prefill."""
     phases = [Phase.PREFILL] * (number // 2) + [Phase.DECODE] * (number - number // 2)
     return {f"{phase}-{index:03}": phase for index, phase in enumerate(phases)}
-
-
-@contextlib.contextmanager
-def _gateways_garbage() -> Iterator[None]:
-    """Garbage is collected as in a gateway that has started (`gateway.app`)."""
-    before = gc.get_threshold()
-    calm_garbage_collector()
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)
-        gc.unfreeze()

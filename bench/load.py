@@ -6,7 +6,6 @@ that it needs. A session whose request is refused or fails ends there: it asks n
 """
 
 import asyncio
-import contextlib
 import gc
 import itertools
 import time
@@ -18,6 +17,7 @@ import uvloop
 
 from bench import cpu, load_server
 from bench.client import Client, Question
+from bench.garbage import collected_at
 from bench.load_plan import LoadPlan, ServerFacts
 from bench.load_report import AskedSession, AskedTurn, End, LoadReport, ProcessUse, Use, evaluate, read_turn
 from bench.load_text import DrawnTexts
@@ -31,8 +31,8 @@ START_IN_S = 0.5
 AHEAD_S = 0.25
 """A trajectory is begun so long before it is due: its first prompt is ready then."""
 PROGRESS_S = 1.0
-YOUNG_OBJECTS = 50_000
-"""That may come up before Python looks for garbage among them."""
+GC_THRESHOLDS = (50_000, *gc.get_threshold()[1:])
+"""Looking for garbage among all that a run keeps takes tens of milliseconds, in which nothing is sent."""
 
 
 class StreamOptions(msgspec.Struct, frozen=True):
@@ -66,20 +66,6 @@ class _Client:
     first_name: int
 
 
-@contextlib.contextmanager
-def _few_collections() -> Iterator[None]:
-    """Looking for garbage among all that a run keeps takes tens of milliseconds, in which nothing is sent."""
-    before = gc.get_threshold()
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(YOUNG_OBJECTS, *before[1:])
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)
-        gc.unfreeze()
-
-
 @dataclass
 class LoadExperiment:
     """Everything a run needs."""
@@ -109,7 +95,11 @@ class LoadExperiment:
         self._began_s = time.perf_counter() + START_IN_S
         complete = False
         try:
-            with cpu.first_in_line(), _few_collections(), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            with (
+                cpu.first_in_line(),
+                collected_at(*GC_THRESHOLDS),
+                asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+            ):
                 runner.run(self._load())
             complete = True
         except KeyboardInterrupt:
