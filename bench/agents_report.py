@@ -9,6 +9,7 @@ from rich import box
 from rich.table import Table
 
 from bench.results import Setting
+from bench.stats import in_turns
 from bench.targets import ReportTarget
 
 LEAST_EXACT = 0.95
@@ -31,9 +32,8 @@ class AgentsPlan:
     seed: int
 
     def blocks(self) -> list[tuple[int, str]]:
-        """Round and policy of each, in the order of the run: who goes first changes, so that no drift favours one."""
-        pairs = [(number, self.policies[:: -1 if number % 2 else 1]) for number in range(self.rounds)]
-        return [(number, policy) for number, order in pairs for policy in order]
+        """Round and policy of each, in the order of the run."""
+        return in_turns(self.policies, self.rounds)
 
 
 # -- receipts

@@ -3,7 +3,7 @@
 Interference is what running streams suffer from prompts that are read beside them. Pure.
 """
 
-import itertools
+import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -12,7 +12,7 @@ from rich import box
 from rich.table import Table
 
 from bench.results import Setting
-from bench.stats import Chunk, Exchange, percentile
+from bench.stats import Exchange, in_turns, inter_token_gaps_s, percentile
 from bench.targets import ReportTarget
 
 SPLIT = "split"
@@ -44,15 +44,12 @@ class InterferencePlan:
         return (SPLIT, *(aggregated(chunk) for chunk in self.chunks))
 
     def turns(self) -> list[tuple[int, str]]:
-        """Round and system of each, in the order of the run: it is reversed every other round."""
-        orders = [(number, self.systems[:: -1 if number % 2 else 1]) for number in range(self.rounds)]
-        return [(number, system) for number, order in orders for system in order]
+        """Round and system of each, in the order of the run."""
+        return in_turns(self.systems, self.rounds)
 
     def arrivals(self, round: int, rate_per_s: float) -> list[float]:
         """Seconds into the window, the same for every system."""
-        from random import Random
-
-        draw, at_s, found = Random(f"{self.seed}/{round}/{rate_per_s}"), 0.0, list[float]()
+        draw, at_s, found = random.Random(f"{self.seed}/{round}/{rate_per_s}"), 0.0, list[float]()
         while rate_per_s > 0 and (at_s := at_s + draw.expovariate(rate_per_s)) < self.window_s:
             found.append(at_s)
         return found
@@ -137,7 +134,7 @@ def storm(
     """`window`: when it began and ended, on the clock of the exchanges. Raises ValueError without a gap to measure."""
     begin_s, end_s = window
     written = [stream for stream in streams if stream.error is None]
-    gaps_ms = [gap_s * 1000 for stream in written for gap_s in gaps_within(stream.chunks, begin_s, end_s)]
+    gaps_ms = [gap_s * 1000 for stream in written for gap_s in inter_token_gaps_s(stream.chunks, begin_s, end_s)]
     if not gaps_ms:
         raise ValueError(f"{system}: no stream wrote two tokens in the window; the first error: {_first(streams)}")
     num_tokens = sum(c.num_tokens for stream in written for c in stream.chunks if begin_s < c.at_s <= end_s)
@@ -163,13 +160,6 @@ def storm(
 
 def _first(exchanges: Iterable[Exchange]) -> str:
     return next((one.error for one in exchanges if one.error is not None), "none")
-
-
-def gaps_within(chunks: Sequence[Chunk], begin_s: float, end_s: float) -> Iterator[float]:
-    """One for each token that came in the window, seconds from the chunk before: what comes together shares a gap."""
-    for before, chunk in itertools.pairwise(chunks):
-        if begin_s < chunk.at_s <= end_s:
-            yield from [(chunk.at_s - before.at_s) / chunk.num_tokens] * chunk.num_tokens
 
 
 def evaluate(
@@ -230,10 +220,9 @@ def table(report: InterferenceReport) -> Table:
 def conclusions(report: InterferenceReport) -> Iterator[str]:
     """In words, from the figures: one line for each rate."""
     for rate in report.plan.rates_per_s:
-        split, best = report.of(SPLIT, rate), report.best_aggregated(rate)
-        if split is None or best is None:
+        split, best, ratio = report.of(SPLIT, rate), report.best_aggregated(rate), report.itl_ratio(rate)
+        if split is None or best is None or ratio is None:
             continue
-        ratio = split.itl_p99_ms / best.itl_p99_ms
         what = f"{1 / ratio:.1f} times lower" if ratio < 1 else f"{ratio:.1f} times higher"
         line = (
             f"{rate:g} prompts/s: split, the 99th percentile between two tokens is {what} than with {best.system} "

@@ -92,15 +92,24 @@ def percentiles(values: Sequence[float]) -> Percentiles:
     return Percentiles(*(percentile(values, percent) for percent in (50, 90, 99)))
 
 
-def inter_token_gaps_s(chunks: Sequence[Chunk]) -> list[float]:
-    """One gap per token after the first chunk: n tokens that arrive together share the gap before them evenly.
+def inter_token_gaps_s(chunks: Sequence[Chunk], after_s: float = -math.inf, until_s: float = math.inf) -> list[float]:
+    """One gap per token after the first chunk that arrived in that time: n tokens that arrive together share the gap
+    before them evenly.
 
     What lay between the tokens of the first chunk cannot be seen: TTFT holds it.
     """
     gaps: list[float] = []
     for before, chunk in itertools.pairwise(chunks):
-        gaps += [(chunk.at_s - before.at_s) / chunk.num_tokens] * chunk.num_tokens
+        if after_s < chunk.at_s <= until_s:
+            gaps += [(chunk.at_s - before.at_s) / chunk.num_tokens] * chunk.num_tokens
     return gaps
+
+
+def in_turns(names: Sequence[str], rounds: int) -> list[tuple[int, str]]:
+    """Round, from 0, and name of each turn: every round has all, and who goes first changes, so that no drift favours
+    one."""
+    orders = [(number, names[:: -1 if number % 2 else 1]) for number in range(rounds)]
+    return [(number, name) for number, order in orders for name in order]
 
 
 def time_per_output_token_s(chunks: Sequence[Chunk]) -> float:

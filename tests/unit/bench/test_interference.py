@@ -16,11 +16,10 @@ from bench.interference_report import (
     Storm,
     conclusions,
     evaluate,
-    gaps_within,
     storm,
     table,
 )
-from bench.stats import Chunk, Exchange
+from bench.stats import Chunk, Exchange, inter_token_gaps_s
 from bench.systems import StartFailed
 from gateway.settings import load
 from tests.unit.bench.test_agents_report import SETTING
@@ -64,7 +63,7 @@ def test_systems_go_in_the_other_order_every_other_round() -> None:
 
 def test_only_tokens_that_come_in_the_window_count_and_those_that_come_together_share_a_gap() -> None:
     chunks = [Chunk(1.0, 1), Chunk(2.0, 1), Chunk(4.0, 2), Chunk(9.0, 1)]
-    assert list(gaps_within(chunks, 1.5, 8.0)) == [1.0, 1.0, 1.0]
+    assert inter_token_gaps_s(chunks, 1.5, 8.0) == [1.0, 1.0, 1.0]
 
 
 def test_a_storm_is_measured_by_its_streams_and_by_its_prompts() -> None:
