@@ -106,17 +106,14 @@ def files_in(paths: Iterable[Path]) -> list[Path]:
 
 def read(file: Path, absent: Counter[str] | None = None) -> Iterator[Receipt]:
     """A last line that is cut off, as a killed gateway leaves it, is none. In `absent` receipts are counted by the
-    inputs that they lack (`receipt_lines.absent_inputs`). Raises OSError, UnreadableReceipt."""
+    inputs that they lack (`receipt_lines.decode`). Raises OSError, UnreadableReceipt."""
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.endswith(b"\n"):
                 return
             try:
-                receipt = receipt_lines.decode(line)
-                if absent is not None:
-                    absent.update(receipt_lines.absent_inputs(line))
+                yield receipt_lines.decode(line, absent)
             except msgspec.DecodeError as error:
                 raise UnreadableReceipt(
                     f"{file}, line {number}: no receipt of this version of Baton: {error}"
                 ) from error
-            yield receipt

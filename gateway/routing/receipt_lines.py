@@ -6,6 +6,7 @@ is there once, and so is a value in which no replica differs. Earlier lines, wit
 as well, and what later versions have added to a decision's inputs has its default there.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from typing import Any, cast
@@ -31,28 +32,27 @@ def encode(receipt: Receipt) -> bytes:
     return _ENCODER.encode(data)
 
 
-def decode(line: bytes) -> Receipt:
-    """Raises msgspec.DecodeError."""
+def decode(line: bytes, absent: Counter[str] | None = None) -> Receipt:
+    """In `absent` is counted what the line does not say of the first decision's inputs, because an earlier version has
+    written it: each as the type that it is a field of, and its name. Raises msgspec.DecodeError."""
     data = _DECODER.decode(line)
     for snapshot in _written(data):
         for pool in _POOLS:
             snapshot[pool] = _rows(snapshot.get(pool))
-    return msgspec.convert(data, Receipt)
-
-
-def absent_inputs(line: bytes) -> frozenset[str]:
-    """The inputs of the first decision that the line says nothing of, because an earlier version has written it: each
-    as the type that it is a field of, and its name. Raises msgspec.DecodeError."""
-    return frozenset(_absent(_DECODER.decode(line)))
+    receipt = msgspec.convert(data, Receipt)
+    if absent is not None:
+        absent.update(set(_absent(data)))
+    return receipt
 
 
 def _absent(data: Any) -> Iterator[str]:
-    (first, *_), request = _written(data), data["request"]
+    """Of a receipt, with an object for each replica."""
+    first, request = data["snapshot"], data["request"]
     for kind, there in ((RequestView, request), (Hints, request.get("hints")), (SessionView, request.get("session"))):
         if there is not None:
             yield from (f"{kind.__name__}.{one.name}" for one in fields(kind) if one.name not in there)
     yield from (f"ClusterSnapshot.{one.name}" for one in fields(ClusterSnapshot) if one.name not in first)
-    for pool in (_rows(first.get(name)) for name in _POOLS):
+    for pool in (first[name] for name in _POOLS):
         if pool:
             yield from (f"ReplicaView.{name}" for name in ReplicaView.__struct_fields__ if name not in pool[0])
 
