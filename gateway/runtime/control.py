@@ -17,6 +17,9 @@ log = logging.getLogger("baton.control")
 
 _READ_S = 1.0
 _ANSWER_S = 30.0
+SPANS_S = 2.0
+"""So long gateways may take to send their last spans before they are ended."""
+
 _BACKLOG = 8
 _LONGEST_LINE = 4096
 

@@ -22,7 +22,6 @@ from gateway.settings import Settings
 APP_NAME = "baton"
 _STARTING_POLL_S = 0.25
 _RUNNING_POLL_S = 2.0
-_SPANS_S = 2.0
 _PR_SET_PDEATHSIG = 1
 
 
@@ -76,7 +75,7 @@ def _run(paths: RunPaths, build_path: str, emit: Callable[[events.Event], None])
     def take(order: control.Order) -> control.Done:
         if isinstance(order, control.SendSpans):
             gateways = serve.get_deployment_handle(GATEWAY, APP_NAME)
-            gateways.broadcast("send_spans").results(timeout_s=_SPANS_S, return_exceptions=True)
+            gateways.broadcast("send_spans").results(timeout_s=control.SPANS_S, return_exceptions=True)
             return control.Sent()
         switched = switch(APP_NAME, order)
         emit(events.PoliciesSwitched(switched.policy, switched.shadow_policy))

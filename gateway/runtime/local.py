@@ -25,9 +25,6 @@ from gateway.settings import Settings
 _LONGEST_BASE = 24
 """Socket paths add up to 78 characters to it (Ray's; the kernel takes 107) or 72 (HAProxy's; it takes 97)."""
 
-_SPANS_S = 2.0
-"""So long gateways may take to send their last spans before they are ended."""
-
 
 class StartError(RuntimeError):
     """The run cannot start; the message says why and what to do."""
@@ -181,7 +178,7 @@ class LocalRun:
             driver = self._driver
             if self.settings.tracing is not None:
                 with suppress(control.OrderFailed):
-                    control.send_spans(self.paths.control, _SPANS_S)
+                    control.send_spans(self.paths.control, control.SPANS_S)
             processes.end_processes(self._remaining, is_forced)
             with suppress(subprocess.TimeoutExpired):
                 driver.wait(timeout=1)
