@@ -116,15 +116,15 @@ class Day(Replay):
             await asyncio.sleep(self._day.tick_s)
             now_s = self._loop.time()
             reason = ""
-            if not self._day.scaled:
-                self.scored.update(f"{one.proposal.action} {one.verdict}" for one in self._planner.look(now_s))
-            else:
+            if self._day.scaled:
                 demand = self._orchestrator.demand
                 serving = PoolSizes(*(sum(m.replica_id is not None for m in self._here(phase)) for phase in Phase))
                 sizing = size_pools(demand, self._bounds, serving, self._memory, now_s, self._day.sizing)
                 self._memory, reason = sizing.memory, sizing.reason
                 self._bring_to(Phase.PREFILL, sizing.sizes.prefill, now_s)
                 self._bring_to(Phase.DECODE, sizing.sizes.decode, now_s)
+            else:
+                self.scored.update(f"{one.proposal.action} {one.verdict}" for one in self._planner.look(now_s))
             self._start_and_end(now_s)
             here = {phase: self._here(phase) for phase in Phase}
             ready = {phase: sum(m.replica_id is not None for m in here[phase]) for phase in Phase}

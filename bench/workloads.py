@@ -145,6 +145,20 @@ def _growing(
     return linked(turns, BLOCK_TOKENS)
 
 
+def _steps(
+    turns: Spread, new_tokens: Spread, output_tokens: Spread, pause_s: Spread, source: random.Random
+) -> list[tuple[int, int, float]]:
+    """As `_growing` takes them. The first turn has nothing new, and no pause before it."""
+    return [
+        (
+            new_tokens.draw_whole(source) if number else 0,
+            output_tokens.draw_whole(source),
+            pause_s.draw(source) if number else 0.0,
+        )
+        for number in range(turns.draw_whole(source))
+    ]
+
+
 def _agent(of: Agents, shared_from: int, source: random.Random) -> tuple[Session, int]:
     texts = _Texts()
 
@@ -168,27 +182,13 @@ def _agent(of: Agents, shared_from: int, source: random.Random) -> tuple[Session
 
 
 def _sub_agent(of: SubAgents, texts: _Texts, shared_from: int, source: random.Random) -> Session:
-    steps = [
-        (
-            of.result_tokens.draw_whole(source) if number else 0,
-            of.output_tokens.draw_whole(source),
-            of.pause_s.draw(source) if number else 0.0,
-        )
-        for number in range(of.turns.draw_whole(source))
-    ]
+    steps = _steps(of.turns, of.result_tokens, of.output_tokens, of.pause_s, source)
     return Session(_growing(texts, (of.shared_tokens, shared_from), of.task_tokens.draw_whole(source), steps))
 
 
 def _chat(of: Chat, shared_from: int, source: random.Random) -> tuple[Session, int]:
     texts = _Texts()
-    steps = [
-        (
-            of.message_tokens.draw_whole(source) if number else 0,
-            of.output_tokens.draw_whole(source),
-            of.pause_s.draw(source) if number else 0.0,
-        )
-        for number in range(of.turns.draw_whole(source))
-    ]
+    steps = _steps(of.turns, of.message_tokens, of.output_tokens, of.pause_s, source)
     turns = _growing(texts, (of.system_tokens, shared_from), of.first_tokens.draw_whole(source), steps)
     return Session(turns), texts.num_own
 

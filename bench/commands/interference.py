@@ -74,7 +74,7 @@ def interference(
         seed=seed,
     )
     heal(console)
-    start_failed = False
+    has_failed = False
     with tempfile.TemporaryDirectory(prefix="baton-bench-") as folder:
         try:
             systems = make_systems(plan, Path(folder))
@@ -89,9 +89,12 @@ def interference(
         interrupt_once()
         try:
             experiment.run(save)
-        except (StartFailed, ValueError) as error:
-            start_failed = True
+        except StartFailed as error:
+            has_failed = True
             say_start_failed(console, error)
+        except ValueError as error:
+            has_failed = True
+            console.print(f"[bold red]failed:[/] {escape(str(error))}", soft_wrap=True)
         except KeyboardInterrupt:
             console.print("[yellow]interrupted; everything that was started is stopped[/]")
         save()
@@ -103,4 +106,4 @@ def interference(
         for error in one.errors:
             console.print(f"[red]{one.system}, {one.rate_per_s:g} prompts/s:[/] {escape(error)}", soft_wrap=True)
     missed = num_missed(console, TARGETS, report) if check else 0
-    end(report.complete or start_failed, missed or start_failed)
+    end(report.complete or has_failed, missed or has_failed)
