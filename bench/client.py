@@ -147,6 +147,14 @@ class Client:
                         receipts.append(stages_of(await response.read()))
         return receipts
 
+    async def page(self, url: str) -> bytes | None:
+        """What the server answers to a GET of this address; None where it does not."""
+        try:
+            async with self._session.get(url) as response:
+                return await response.read() if response.status == 200 else None
+        except (TimeoutError, aiohttp.ClientError):
+            return None
+
     async def ask(self, body: bytes, headers: Mapping[str, str] | None = None) -> Recording:
         """One request. What goes wrong is in the recording."""
         recording = Recording(time.perf_counter())

@@ -9,7 +9,7 @@ import asyncio
 import gc
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -18,6 +18,7 @@ import uvloop
 from bench import cpu, load_server
 from bench.client import Client, Question
 from bench.garbage import collected_at
+from bench.load_metrics import ONLY_POOL, pool_samples
 from bench.load_plan import LoadPlan, ServerFacts
 from bench.load_report import AskedSession, AskedTurn, End, LoadReport, ProcessUse, Use, evaluate, read_turn
 from bench.load_text import DrawnTexts
@@ -31,6 +32,7 @@ START_IN_S = 0.5
 AHEAD_S = 0.25
 """A trajectory is begun so long before it is due: its first prompt is ready then."""
 PROGRESS_S = 1.0
+WATCHED_EVERY_S = 1.0
 GC_THRESHOLDS = (50_000, *gc.get_threshold()[1:])
 """Looking for garbage among all that a run keeps takes tens of milliseconds, in which nothing is sent."""
 
@@ -77,6 +79,9 @@ class LoadExperiment:
     api_key: str | None
     setting: Setting
     progress: Callable[[Progress], None]
+    pages: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Prometheus pages that tell of the server's engines, by the pool they are of; none: its own `/metrics`."""
+    _seen: list[tuple[float, str, bytes]] = field(default_factory=list[tuple[float, str, bytes]])
     _turns: list[AskedTurn] = field(default_factory=list[AskedTurn])
     _sessions: list[AskedSession] = field(default_factory=list[AskedSession])
     _in_flight: int = 0
@@ -88,7 +93,8 @@ class LoadExperiment:
         """Ctrl-C ends it; what was measured until then is in the report, which is not complete."""
         url = self.server.url
         processes = load_server.local_processes(url)
-        kv_before = load_server.counters(url, self.api_key)
+        self._pages = dict(self.pages) or {ONLY_POOL: f"{url}/metrics"}
+        kv_before = load_server.counters(self._pages.values(), self.api_key)
         cpu_before, own_before_s, waited_before_s = cpu.read(processes), time.process_time(), cpu.waited_s()
         self._texts = DrawnTexts(self.trace.block_size_tokens, self.vocabulary, self.plan.salt)
         self._names = itertools.count()
@@ -106,7 +112,7 @@ class LoadExperiment:
             pass
         ran_s = self._now_s()
         after, memory = cpu.read(processes), load_server.memory_mib(processes)
-        kv_after = load_server.counters(url, self.api_key)
+        kv_after = load_server.counters(self._pages.values(), self.api_key)
         return evaluate(
             self.plan,
             self.setting,
@@ -126,6 +132,7 @@ class LoadExperiment:
                 kv_moved_bytes=kv_after and kv_before and kv_after.kv_moved_bytes - kv_before.kv_moved_bytes,
                 kv_asked_bytes=kv_after and kv_before and kv_after.kv_asked_bytes - kv_before.kv_asked_bytes,
             ),
+            [one for at_s, pool, page in self._seen for one in pool_samples(page.decode(), pool, at_s)],
             complete,
         )
 
@@ -135,6 +142,7 @@ class LoadExperiment:
         plan = self.plan
         async with Client(self.server.url, self.server.model, self.api_key, plan.request_timeout_s) as self._client:
             self._timer = asyncio.get_running_loop().call_later(PROGRESS_S, self._tell)
+            watching = asyncio.create_task(self._watch())
             async with asyncio.TaskGroup() as self._group:
                 if plan.concurrency is None:
                     await self._arrive()
@@ -144,6 +152,15 @@ class LoadExperiment:
                     for _ in range(plan.concurrency):
                         self._group.create_task(self._one_after_another(drawn))
             self._timer.cancel()
+            watching.cancel()
+
+    async def _watch(self) -> None:
+        """Keeps the pages as they come; reading them waits until nobody is kept waiting by that."""
+        while True:
+            for pool, url in self._pages.items():
+                if (page := await self._client.page(url)) is not None:
+                    self._seen.append((self._now_s(), pool, page))
+            await asyncio.sleep(WATCHED_EVERY_S)
 
     async def _arrive(self) -> None:
         plan = self.plan

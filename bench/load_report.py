@@ -12,13 +12,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from bench.client import Recording, read_answer
+from bench.load_metrics import PoolSample
 from bench.load_plan import SLO_SHARE, LoadPlan, ServerFacts, Slo
 from bench.results import EngineKind, Setting
-from bench.stats import Percentiles, inter_token_gaps_s, percentiles, time_per_output_token_s
+from bench.stats import Percentiles, inter_token_gaps_s, percentiles, quantiles, time_per_output_token_s
 from bench.targets import ReportTarget
 
 ERRORS_KEPT = 5
 ROWS_KEPT = 20_000
+QUANTILES = 200
 REFUSALS = (429, 503)
 
 
@@ -233,6 +235,9 @@ class LoadReport:
     use: Use
     turns: tuple[TurnRow, ...]
     num_turns_left_out: int
+    itl_quantiles_ms: tuple[float, ...] = ()
+    """Of the measured turns, from 0% to 100% in steps of `100 / QUANTILES`."""
+    pools: tuple[PoolSample, ...] = ()
 
     @property
     def heading(self) -> str:
@@ -250,6 +255,7 @@ def evaluate(
     sessions: Sequence[AskedSession],
     num_unanswered: int,
     use: Use,
+    pools: Sequence[PoolSample],
     complete: bool,
 ) -> LoadReport:
     to_s = min(plan.duration_s, use.ran_s)
@@ -276,7 +282,14 @@ def evaluate(
         use=use,
         turns=tuple(_row(turn) for turn in turns[:ROWS_KEPT]),
         num_turns_left_out=max(len(turns) - ROWS_KEPT, 0),
+        itl_quantiles_ms=_itl_quantiles_ms(measured),
+        pools=tuple(pools),
     )
+
+
+def _itl_quantiles_ms(measured: Sequence[AskedTurn]) -> tuple[float, ...]:
+    gaps_s = [gap_s for turn in measured if turn.end is End.ANSWERED for gap_s in turn.gaps_s]
+    return tuple(round(gap_s * 1000, 3) for gap_s in quantiles(gaps_s, QUANTILES)) if gaps_s else ()
 
 
 def _figures(

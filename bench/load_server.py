@@ -2,14 +2,15 @@
 this machine, its processes."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 import psutil
-from prometheus_client.parser import text_string_to_metric_families
 
+from bench import load_metrics
+from bench.load_metrics import Counters
 from bench.load_plan import ServerFacts, ServerKind
 from bench.results import EngineKind
 from gateway.client import SIMULATED
@@ -23,14 +24,6 @@ _HTTP_PORTS = {"http": 80, "https": 443}
 
 class ServerError(RuntimeError):
     """The server cannot be measured; the message is one line that says why and what to do."""
-
-
-@dataclass(frozen=True)
-class Counters:
-    """Bytes of KV cache that Baton's engines have fetched from each other since they started."""
-
-    kv_moved_bytes: float
-    kv_asked_bytes: float
 
 
 def facts(url: str, model: str | None, api_key: str | None) -> ServerFacts:
@@ -97,26 +90,20 @@ def _json(http: httpx.Client, path: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def counters(url: str, api_key: str | None) -> Counters | None:
-    """None where the server has none of Baton's, or shows them only to operators."""
-    try:
-        with _http(url, api_key) as http:
-            response = http.get("/metrics")
-    except httpx.HTTPError:
-        return None
-    return parse_counters(response.text) if response.status_code == httpx.codes.OK else None
-
-
-def parse_counters(text: str) -> Counters | None:
-    """From Prometheus' text format. A Baton whose engines have not fetched anything shows no such sample yet."""
-    totals = dict.fromkeys(("baton_kv_moved_bytes_total", "baton_kv_asked_bytes_total"), 0.0)
-    is_batons = False
-    for family in text_string_to_metric_families(text):
-        is_batons |= family.name.startswith("baton_")
-        for sample in family.samples:
-            if sample.name in totals:
-                totals[sample.name] += sample.value
-    return Counters(*totals.values()) if is_batons else None
+def counters(pages: Iterable[str], api_key: str | None) -> Counters | None:
+    """Of all Prometheus pages of a server together; None where one cannot be had or tells nothing of the kind."""
+    found: list[Counters] = []
+    for page in pages:
+        try:
+            with _http(page, api_key) as http:
+                response = http.get(page, follow_redirects=True)
+        except httpx.HTTPError:
+            return None
+        own = load_metrics.counters(response.text) if response.status_code == httpx.codes.OK else None
+        if own is None:
+            return None
+        found.append(own)
+    return Counters(sum(one.kv_moved_bytes for one in found), sum(one.kv_asked_bytes for one in found))
 
 
 def local_processes(url: str) -> list[ProcessId]:

@@ -6,11 +6,13 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from bench.cpu import RoleSeconds
+
+D = TypeVar("D")
 
 
 @dataclass(frozen=True, order=True)
@@ -92,6 +94,13 @@ def percentiles(values: Sequence[float]) -> Percentiles:
     return Percentiles(*(percentile(values, percent) for percent in (50, 90, 99)))
 
 
+def quantiles(values: Sequence[float], steps: int) -> tuple[float, ...]:
+    """From the least to the most in so many equal steps of rank, as `percentile`. Raises ValueError if empty."""
+    if not values:
+        raise ValueError("quantiles need at least one value")
+    return tuple(np.percentile(values, np.linspace(0, 100, steps + 1)).tolist())
+
+
 def inter_token_gaps_s(chunks: Sequence[Chunk], after_s: float = -math.inf, until_s: float = math.inf) -> list[float]:
     """One gap per token after the first chunk that arrived in that time: n tokens that arrive together share the gap
     before them evenly.
@@ -161,9 +170,14 @@ def median_stages(stages_ms: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 def median_figures(rounds: Sequence[Figures]) -> Figures:
     """Each figure's median over the rounds, on its own. Raises ValueError if there is no round."""
-    if not rounds:
+    return medians(rounds)
+
+
+def medians(values: Sequence[D]) -> D:
+    """Of records of numbers, or of records of those: each number's median on its own. Raises ValueError if empty."""
+    if not values:
         raise ValueError("a median needs at least one round")
-    return _median(rounds)
+    return _median(values)
 
 
 def _median(values: Sequence[Any]) -> Any:

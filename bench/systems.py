@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,7 +24,7 @@ from engine.protocol import Phase
 from gateway.runtime import processes
 from gateway.runtime.environment import LOOPBACK, RUN_MARKER, RunPaths, environment, variables
 from gateway.runtime.processes import ProcessId
-from gateway.settings import PoolSettings, Settings
+from gateway.settings import Settings
 
 ROUTER_PACKAGE = "vllm-router"
 ROUTER_VERSION = "0.1.17"
@@ -96,6 +96,11 @@ class System(Protocol):
         """Whether a simulated engine shares a process with a server, whose CPU time then holds the engine's."""
         ...
 
+    @property
+    def pages(self) -> Mapping[str, str]:
+        """Prometheus pages that tell of its engines, by the pool they are of; empty where it is its own `/metrics`."""
+        ...
+
 
 @dataclass(frozen=True)
 class Command:
@@ -110,10 +115,36 @@ class Command:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A system's commands: those of a stage start together, each stage when the one before is ready."""
+    """A system's commands: those of a stage start together, each stage when the one before is ready. `pages` are as a
+    `System` has them."""
 
     url: str
     stages: tuple[tuple[Command, ...], ...]
+    pages: Mapping[str, str] = field(default_factory=dict[str, str])
+
+
+@dataclass(frozen=True)
+class Place:
+    """What one engine has of this machine: cores, or GPUs by their numbers."""
+
+    phase: Phase
+    cores: tuple[int, ...] = ()
+    gpus: tuple[int, ...] = ()
+
+
+def places(settings: Settings) -> list[Place]:
+    """Of all engines, prefill first. GPUs are counted through; engines that take parts of one share it."""
+    found: list[Place] = []
+    gpus_taken = 0.0
+    for phase, pool in ((Phase.PREFILL, settings.pools.prefill), (Phase.DECODE, settings.pools.decode)):
+        for number in range(pool.replicas):
+            if pool.device == "cpu":
+                found.append(Place(phase, cores=tuple(pool.cpu_cores[number]) if pool.cpu_cores else ()))
+                continue
+            first = int(gpus_taken)
+            found.append(Place(phase, gpus=tuple(range(first, first + pool.ranks_per_replica))))
+            gpus_taken += pool.gpus_per_replica
+    return found
 
 
 @dataclass
@@ -125,13 +156,14 @@ class LocalSystem:
     start_timeout_s: float
     engine_is_inside: bool = False
     url: str = ""
+    pages: Mapping[str, str] = field(default_factory=dict[str, str])
     _roots: list[tuple[ProcessId, subprocess.Popen[bytes]]] = field(default_factory=list)
     _folder: Path | None = None
 
     def start(self) -> None:
         self._folder = folder = Path(tempfile.mkdtemp(prefix="baton-bench-"))
         recipe = self.make_recipe(folder)
-        self.url = recipe.url
+        self.url, self.pages = recipe.url, recipe.pages
         deadline = time.monotonic() + self.start_timeout_s
         for stage in recipe.stages:
             started = [(command, self._spawn(command, folder)) for command in stage]
@@ -208,19 +240,29 @@ class LocalSystem:
 
 
 def bare(settings: Settings, folder: Path, is_equal: bool) -> Recipe:
-    """One vLLM server, no hand-off, on the decode engine's cores."""
+    """One vLLM server, no hand-off, in the place of the first decode engine."""
     (port,) = free_ports(LOOPBACK)
-    return Recipe(_url(port), ((_vllm_server(settings, folder, None, port, 0, is_equal),),))
+    place = next(place for place in places(settings) if place.phase is Phase.DECODE)
+    return Recipe(_url(port), ((_vllm_server(settings, folder, None, [place], port, 0, is_equal),),))
+
+
+def bare_parallel(settings: Settings, folder: Path) -> Recipe:
+    """One vLLM server with vLLM's own settings, no hand-off, with a data-parallel engine in each place."""
+    (port,) = free_ports(LOOPBACK)
+    return Recipe(_url(port), ((_vllm_server(settings, folder, None, places(settings), port, 0, is_equal=False),),))
 
 
 def router(settings: Settings, folder: Path, is_equal: bool) -> Recipe:
-    """vllm-router over one prefill and one decode server. Raises StartFailed if the router cannot be installed."""
-    prefill_port, decode_port, *side_channel_ports = free_ports(LOOPBACK, 4)
-    engines = (
-        _vllm_server(settings, folder, Phase.PREFILL, prefill_port, side_channel_ports[0], is_equal),
-        _vllm_server(settings, folder, Phase.DECODE, decode_port, side_channel_ports[1], is_equal),
+    """vllm-router over a server in each place. Raises StartFailed if the router cannot be installed."""
+    own_places = places(settings)
+    ports = free_ports(LOOPBACK, 2 * len(own_places))
+    side_channel_ports = ports[len(own_places) :]
+    engines = tuple(
+        _vllm_server(settings, folder, place.phase, [place], port, side_channel_port, is_equal)
+        for place, port, side_channel_port in zip(own_places, ports, side_channel_ports, strict=False)
     )
-    return _routed(settings, folder, engines, prefill_port, decode_port)
+    urls = [(place.phase, _url(port)) for place, port in zip(own_places, ports, strict=False)]
+    return _routed(settings, folder, engines, urls)
 
 
 def simulated_bare(settings: Settings, config: Path, folder: Path) -> Recipe:
@@ -233,13 +275,10 @@ def simulated_bare(settings: Settings, config: Path, folder: Path) -> Recipe:
 
 def simulated_router(settings: Settings, config: Path, folder: Path) -> Recipe:
     """vllm-router over two servers that simulate vLLM's. Raises StartFailed if the router cannot be installed."""
-    prefill_port, decode_port = free_ports(LOOPBACK, 2)
+    ports = dict(zip((Phase.PREFILL, Phase.DECODE), free_ports(LOOPBACK, 2), strict=True))
     env = _simulated_environment(settings, folder)
-    engines = tuple(
-        mock_engine(config, f"mock-{phase}", port, env)
-        for phase, port in ((Phase.PREFILL, prefill_port), (Phase.DECODE, decode_port))
-    )
-    return _routed(settings, folder, engines, prefill_port, decode_port)
+    engines = tuple(mock_engine(config, f"mock-{phase}", port, env) for phase, port in ports.items())
+    return _routed(settings, folder, engines, [(phase, _url(port)) for phase, port in ports.items()])
 
 
 def mock_engine(config: Path, name: str, port: int, env: dict[str, str]) -> Command:
@@ -259,16 +298,20 @@ def mock_system(settings: Settings, config: Path) -> System:
 
 
 def _routed(
-    settings: Settings, folder: Path, engines: tuple[Command, ...], prefill_port: int, decode_port: int
+    settings: Settings, folder: Path, engines: tuple[Command, ...], urls: Sequence[tuple[Phase, str]]
 ) -> Recipe:
+    """`urls` are the engines' servers'."""
     port, metrics_port = free_ports(LOOPBACK, 2)
     executable = _router_executable()
     env = _peer_environment(settings, folder)
     del env["PYTHONPATH"]  # it has packages of its own
-    argv = [str(executable), "--vllm-pd-disaggregation", "--prefill", _url(prefill_port), "--decode", _url(decode_port)]
+    argv = [str(executable), "--vllm-pd-disaggregation"]
+    for phase, url in urls:
+        argv += [f"--{phase.value}", url]
     argv += ["--kv-connector", "nixl", "--policy", "round_robin", "--host", LOOPBACK, "--port", str(port)]
     argv += ["--prometheus-port", str(metrics_port)]
-    return Recipe(_url(port), (engines, (Command("vllm-router", argv, env, f"{_url(port)}/v1/models"),)))
+    stages = (engines, (Command("vllm-router", argv, env, f"{_url(port)}/v1/models"),))
+    return Recipe(_url(port), stages, {phase.value: f"{url}/metrics" for phase, url in urls})
 
 
 def baton(config: Path) -> Recipe:
@@ -283,7 +326,7 @@ SYSTEM_NAMES = ("bare", "router-stock", "router-equal", "baton", "bare-equal")
 SIMULATED_SYSTEM_NAMES = ("bare", "router", "baton")
 
 
-def make_system(name: str, settings: Settings, config: Path) -> System:
+def make_system(name: str, settings: Settings, config: Path) -> LocalSystem:
     """The system called `name`, not started. `settings` is what `config` holds. Raises ValueError."""
     recipes: dict[str, Callable[[Path], Recipe]] = {
         "bare": lambda folder: bare(settings, folder, is_equal=False),
@@ -324,35 +367,46 @@ def check_comparable(settings: Settings) -> None:
 
 
 def _vllm_server(
-    settings: Settings, folder: Path, phase: Phase | None, port: int, side_channel_port: int, is_equal: bool
+    settings: Settings,
+    folder: Path,
+    phase: Phase | None,
+    on: Sequence[Place],
+    port: int,
+    side_channel_port: int,
+    is_equal: bool,
 ) -> Command:
-    """A vLLM server with Baton's engine settings (`is_equal`), or with vLLM's own and the cores bound vLLM's way."""
+    """A vLLM server with an engine in each of these places, with Baton's engine settings (`is_equal`, one place), or
+    with vLLM's own and the cores bound vLLM's way."""
     # vLLM and Ray take seconds to import, and options are checked before.
     from engine.vllm_engine import engine_arguments
     from engine.vllm_engine import environment as engine_environment
     from gateway.app import engine_spec
 
     spec = engine_spec(settings, phase or Phase.DECODE)
-    pool = settings.pools.prefill if phase is Phase.PREFILL else settings.pools.decode
-    cores = _cores(pool)
     if is_equal:
-        config = dataclasses.replace(spec, phase=phase).engine_config("bench", cores, LOOPBACK)
+        (place,) = on
+        config = dataclasses.replace(spec, phase=phase).engine_config("bench", place.cores, LOOPBACK)
         arguments = {name: value for name, value in _given(engine_arguments(config)).items() if name not in _REPORTING}
         engine_env = engine_environment(config, side_channel_port)
     else:
         arguments = {"model": spec.model} | spec.engine_args
         engine_env = {
-            "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
-            "OMP_NUM_THREADS": str(len(cores)),
             "VLLM_NIXL_SIDE_CHANNEL_HOST": LOOPBACK,
             "VLLM_NIXL_SIDE_CHANNEL_PORT": str(side_channel_port),
         } | spec.env
+        if on[0].cores:
+            engine_env["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, place.cores)) for place in on)
+            engine_env["OMP_NUM_THREADS"] = str(len(on[0].cores))
+        if len(on) > 1:
+            arguments["data_parallel_size"] = len(on)
         if phase is not None:
             role = "kv_producer" if phase is Phase.PREFILL else "kv_consumer"
             arguments["kv_transfer_config"] = {"kv_connector": "NixlConnector", "kv_role": role}
+    if gpus := [gpu for place in on for gpu in place.gpus]:
+        engine_env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
     argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", LOOPBACK, "--port", str(port)]
     argv += ["--served-model-name", settings.model_name, "--disable-uvicorn-access-log", *flags(arguments)]
-    name = f"vllm-{phase.value if phase else 'server'}"
+    name = f"vllm-{phase.value if phase else 'server'}-{port}"
     return Command(name, argv, _peer_environment(settings, folder) | engine_env, f"{_url(port)}/health")
 
 
@@ -377,11 +431,6 @@ def _given(arguments: Any) -> dict[str, Any]:
     plain = type(arguments)(model=arguments.model)
     given = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(arguments)}
     return {name: value for name, value in given.items() if name == "model" or value != getattr(plain, name)}
-
-
-def _cores(pool: PoolSettings) -> list[int]:
-    assert pool.cpu_cores is not None
-    return pool.cpu_cores[0]
 
 
 def _peer_environment(settings: Settings, folder: Path) -> dict[str, str]:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bench.commands.terminal import DEFAULT_CONFIGS, end, fail, make_console, num_missed, parse_names
 from bench.interrupts import INTERRUPTED, interrupt_once
 from bench.load_plan import DEFAULT_SLOS, SLOS, LoadPlan, ServerFacts, ServerKind, slo_of
+from bench.load_progress import LoadProgress
 from bench.results import EngineKind, gather_setting, write_json
 from bench.workloads import WORKLOADS
 from gateway.client import API_KEY_VARIABLE
@@ -26,7 +26,6 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 GENERATOR_CHECK_PER_S = 2_100.0
 GENERATOR_CHECK_LENGTHS = (32, 4)
 """Of prompt and answer, in tokens."""
-SAID_EVERY_S = 10.0
 
 
 def load(
@@ -124,58 +123,22 @@ def _load(
     console: Console, plan: LoadPlan, url: str, model: str | None, api_key: str | None, scale: float
 ) -> "LoadReport":
     from bench.load_server import ServerError, facts
-    from bench.traces import TraceError, cut_trace
-    from bench.workloads import longest_turn_tokens, scaled
+    from bench.load_trace import prepare, sessions
+    from bench.traces import TraceError
 
     try:
-        whole = _trace(plan)
-        trace = scaled(whole, scale)
+        whole = sessions(plan)
         server = facts(url, model, api_key)
+        prepared = prepare(plan, whole, scale, plan.max_model_len or server.max_model_len)
     except (TraceError, ServerError, OSError) as error:
         fail(str(error))
-    scale = trace.block_size_tokens / whole.block_size_tokens
-    whole_turns = whole.num_turns
-    if (context := plan.max_model_len or server.max_model_len) is not None:
-        longest = longest_turn_tokens(trace)
-        trace = cut_trace(trace, context)
-        if longest > context:
-            shorter = max(trace.block_size_tokens * context // longest, 1) / whole.block_size_tokens
-            console.print(
-                f"[yellow]{whole_turns - trace.num_turns:,} of {whole_turns:,} turns are left out: the longest has "
-                f"{longest:,} tokens, the context {context:,}; --scale {shorter:.3g} leaves out fewer[/]",
-                soft_wrap=True,
-            )
-        if not trace.num_turns:
-            fail(f"no turn of {plan.workload} fits {context:,} tokens; make all shorter with --scale")
-    plan = replace(
-        plan,
-        scale=scale,
-        max_model_len=context,
-        num_trajectories=len(trace.trajectories),
-        num_turns=trace.num_turns,
-        num_cut_turns=whole_turns - trace.num_turns,
-    )
-    return _run(console, plan, trace, server, api_key)
-
-
-def _trace(plan: LoadPlan) -> "Trace":
-    """Raises TraceError, OSError."""
-    from bench.trace_files import read
-    from bench.traces import TraceError
-    from bench.workloads import synthetic
-
-    if plan.workload in WORKLOADS:
-        return synthetic(plan.workload, plan.seed)
-    if not plan.workload:
-        raise TraceError(f"give a workload: {', '.join(WORKLOADS)}, or the path of a recorded trace")
-    if not Path(plan.workload).exists():
-        raise TraceError(f"there is no workload and no file {plan.workload}; there are {', '.join(WORKLOADS)}")
-    return read(Path(plan.workload))
+    if prepared.note:
+        console.print(f"[yellow]{escape(prepared.note)}[/]", soft_wrap=True)
+    return _run(console, prepared.plan, prepared.trace, server, api_key)
 
 
 def _run(console: Console, plan: LoadPlan, trace: "Trace", server: ServerFacts, api_key: str | None) -> "LoadReport":
     from bench.load import LoadExperiment
-    from bench.load import Progress as Reached
     from bench.load_text import PLAIN_TOKENS
     from bench.streams import raise_open_files
     from engine.vocabulary import plain_tokens
@@ -188,26 +151,10 @@ def _run(console: Console, plan: LoadPlan, trace: "Trace", server: ServerFacts, 
     if server.engine is EngineKind.SIMULATED:
         console.print("[yellow]the engine is simulated: no figure is a figure of a model[/]")
     console.print(f"{plan.workload}, {plan.how}, {plan.duration_s:g} s at {server.url}", soft_wrap=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    # A thread that redraws would hold up the generator whenever it likes.
-    bar = Progress(*columns, console=console, transient=True, auto_refresh=False, disable=not console.is_terminal)
-    task = bar.add_task("", total=plan.duration_s)
-    said_s = 0.0
-
-    def show(reached: Reached) -> None:
-        nonlocal said_s
-        words = (
-            f"{reached.num_turns:,} turns ended, {reached.in_flight:,} in flight, {reached.num_refused:,} refused, "
-            f"{reached.num_failed:,} failed, at most {reached.lateness_ms:.1f} ms late"
-        )
-        bar.update(task, completed=reached.at_s, description=words, refresh=True)
-        if not console.is_terminal and reached.at_s - said_s >= SAID_EVERY_S:
-            said_s = reached.at_s
-            console.print(f"{reached.at_s:.0f} s: {words}", soft_wrap=True)
-
-    experiment = LoadExperiment(plan, trace, vocabulary, server, api_key, gather_setting(), show)
-    with bar:
-        report = experiment.run()
+    with LoadProgress(console) as progress:
+        report = LoadExperiment(
+            plan, trace, vocabulary, server, api_key, gather_setting(), lambda reached: progress(plan, reached)
+        ).run()
     if not report.complete:
         console.print("[yellow]interrupted; what was measured until then is reported[/]")
     return report

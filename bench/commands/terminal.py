@@ -64,7 +64,7 @@ def drawing(plot_file: Path | None, module: str) -> Callable[[Any, Path], None] 
     try:
         return importlib.import_module(f"bench.{module}").draw
     except ImportError as error:
-        fail(f"--plot needs {error.name}; install the extra `bench` (pip install '.[bench]') or leave --plot out")
+        fail(f"drawing needs {error.name}; install the extra `bench` (pip install '.[bench]') or ask for no picture")
 
 
 def parse_names(text: str) -> tuple[str, ...]:

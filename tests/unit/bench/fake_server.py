@@ -40,12 +40,14 @@ async def answer_well(body: Body, writer: asyncio.StreamWriter, first_token: int
 
 @dataclass
 class FakeServer:
-    """Answers each request with `answer`; keeps what it was sent."""
+    """Answers each question with `answer`, and every GET with `page`; keeps what it was sent."""
 
     answer: Callable[[Body, asyncio.StreamWriter], Awaitable[None]] = answer_well
+    page: str = ""
     bodies: list[Body] = field(default_factory=list)
     heads: list[str] = field(default_factory=list)
     most_in_flight: int = 0
+    num_pages: int = 0
     url: str = ""
     _in_flight: int = 0
 
@@ -53,6 +55,12 @@ class FakeServer:
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
             while True:
                 head = await reader.readuntil(b"\r\n\r\n")
+                if head.startswith(b"GET"):
+                    self.num_pages += 1
+                    page = self.page.encode()
+                    writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(page) + page)
+                    await writer.drain()
+                    continue
                 length = next(
                     int(line.partition(b":")[2])
                     for line in head.split(b"\r\n")

@@ -77,7 +77,13 @@ def test_arrivals_do_not_wait_for_answers() -> None:
 
 def test_a_closed_loop_keeps_so_many_under_way_and_never_more() -> None:
     server, in_vain = held_until(lambda server: server.most_in_flight == 3)
-    report = run(server, trace(SINGLE), replace(PLAN, rate_per_s=None, concurrency=3))
+
+    def until_others_follow(reached: Progress) -> None:
+        if reached.num_turns > 3:
+            raise KeyboardInterrupt
+
+    plan = replace(PLAN, rate_per_s=None, concurrency=3, duration_s=3600.0)
+    report = run(server, trace(SINGLE), plan, until_others_follow)
     assert not in_vain
     assert server.most_in_flight == 3
     assert report.figures is not None
@@ -166,6 +172,23 @@ def test_a_request_that_takes_too_long_has_failed() -> None:
     assert report.figures is not None
     assert report.figures.num_failed == 1
     assert "no complete answer after" in report.errors[0]
+
+
+def test_what_the_servers_pages_tell_of_its_pools_is_kept() -> None:
+    page = (
+        "# TYPE vllm:num_requests_running gauge\nvllm:num_requests_running 3.0\n"
+        "# TYPE vllm:num_requests_waiting gauge\nvllm:num_requests_waiting 1.0\n"
+        "# TYPE vllm:kv_cache_usage_perc gauge\nvllm:kv_cache_usage_perc 0.5\n"
+    )
+    server = FakeServer(answer, page)
+
+    def until_two_were_asked_for(_: Progress) -> None:
+        if server.num_pages > 1:
+            raise KeyboardInterrupt
+
+    report = run(server, trace(SINGLE), replace(PLAN, duration_s=3600.0, rate_per_s=20.0), until_two_were_asked_for)
+    first = report.pools[0]
+    assert (first.pool, first.num_running, first.num_waiting, first.kv_use) == ("engines", 3.0, 1.0, 0.5)
 
 
 def test_an_interrupted_run_reports_what_was_measured_until_then() -> None:

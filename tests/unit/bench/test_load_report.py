@@ -109,7 +109,7 @@ def turn(due_s: float, ttft_ms: float = 50.0, tpot_ms: float | None = 5.0, **cha
 
 def report(turns: list[AskedTurn], sessions: list[AskedSession] | None = None, **changes: object) -> LoadReport:
     use = Use(12.0, 3.0, 0.01)
-    made = evaluate(replace(PLAN, **changes), SETTING, SERVER, turns, sessions or [], 0, use, complete=True)
+    made = evaluate(replace(PLAN, **changes), SETTING, SERVER, turns, sessions or [], 0, use, [], complete=True)
     assert made.figures is not None
     return made
 
@@ -156,7 +156,7 @@ def test_a_generator_that_fell_behind_makes_the_run_invalid_and_its_lateness_is_
 
 
 def test_a_run_in_which_nothing_was_measured_is_invalid() -> None:
-    made = evaluate(PLAN, SETTING, SERVER, [turn(1.0)], [], 3, Use(1.5, 1.0, 0.0), complete=False)
+    made = evaluate(PLAN, SETTING, SERVER, [turn(1.0)], [], 3, Use(1.5, 1.0, 0.0), [], complete=False)
     assert made.figures is None
     assert made.why_invalid == ("no turn was measured",)
     assert not any(target.is_met_by(made) for target in GENERATOR_TARGETS)

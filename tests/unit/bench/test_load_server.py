@@ -9,8 +9,9 @@ import psutil
 import pytest
 
 from bench import load_server
+from bench.load_metrics import Counters
 from bench.load_plan import ServerFacts, ServerKind
-from bench.load_server import Counters, ServerError, facts, local_processes, memory_mib, parse_counters
+from bench.load_server import ServerError, counters, facts, local_processes, memory_mib
 from bench.results import EngineKind
 from gateway.runtime import processes
 from tests.unit.bench.fake_server import FakeServer
@@ -84,15 +85,16 @@ def test_a_model_that_is_not_served_is_refused(serve: Serve) -> None:
         facts(URL, "x", None)
 
 
-def test_counters_are_sums_over_gateways_and_only_batons() -> None:
-    text = (
-        "# TYPE baton_kv_moved_bytes_total counter\n"
-        'baton_kv_moved_bytes_total{gateway="a"} 10.0\nbaton_kv_moved_bytes_total{gateway="b"} 5.0\n'
-        'baton_kv_moved_bytes_created{gateway="a"} 99.0\n'
-    )
-    assert parse_counters(text) == Counters(15.0, 0.0)
-    assert parse_counters("# TYPE baton_requests_total counter\nbaton_requests_total 1.0\n") == Counters(0.0, 0.0)
-    assert parse_counters("# TYPE vllm_requests_total counter\nvllm_requests_total 1.0\n") is None
+def test_counters_of_all_pages_add_up_and_one_that_is_missing_spoils_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = "# TYPE baton_kv_moved_bytes counter\nbaton_kv_moved_bytes_total 7.0\n"
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, text=page) if request.url.path == "/metrics" else httpx.Response(404)
+
+    transport = httpx.MockTransport(answer)
+    monkeypatch.setattr(load_server, "_http", lambda url, _: httpx.Client(base_url=url, transport=transport))
+    assert counters([f"{URL}/metrics", f"{URL}/metrics"], None) == Counters(14.0, 0.0)
+    assert counters([f"{URL}/metrics", f"{URL}/none"], None) is None
 
 
 def test_a_server_on_this_machine_is_found_by_its_port_and_one_elsewhere_is_not() -> None:

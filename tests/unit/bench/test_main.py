@@ -275,7 +275,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[LoadExperiment]:
     def run_nothing(experiment: LoadExperiment) -> LoadReport:
         begun.append(experiment)
         return evaluate(
-            experiment.plan, experiment.setting, experiment.server, [], [], 0, Use(1.0, 1.0, 0.0), complete=False
+            experiment.plan, experiment.setting, experiment.server, [], [], 0, Use(1.0, 1.0, 0.0), [], complete=False
         )
 
     served = ServerFacts("http://there", "m", ServerKind.OTHER, None, max_model_len=8192)

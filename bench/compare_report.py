@@ -1,0 +1,212 @@
+"""Owns what `bench compare` leaves behind: every run, the medians over the rounds, how sure a difference is, targets.
+
+Pure. What it means in words is in `compare_words`, the pictures are in `compare_page`.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from bench.compare_plan import ComparePlan
+from bench.load_plan import Slo
+from bench.load_report import LoadFigures, LoadReport
+from bench.results import EngineKind, Setting, StartFailure
+from bench.stats import Percentiles, medians
+from bench.targets import ReportTarget
+
+CLEAR_RATIO = 1.05
+"""Less than that apart, or not to the same side in every round, is no difference."""
+MOST_MINUTES = 12.0
+"""On a CPU with `--quick`: fifteen minutes from a clean clone, less what `make setup` takes."""
+
+
+@dataclass(frozen=True)
+class CompareRun:
+    """One system under one rate in one round."""
+
+    round: int
+    system: str
+    rate_per_s: float
+    load: LoadReport
+
+    @property
+    def is_valid(self) -> bool:
+        return self.load.complete and not self.load.why_invalid
+
+    def goodput_per_s(self, slo: Slo) -> float:
+        """0 without a turn that was measured."""
+        figures = self.load.figures
+        return next(one.goodput_per_s for one in figures.slos if one.slo == slo) if figures else 0.0
+
+
+@dataclass(frozen=True)
+class SystemFigures:
+    """Medians over the valid rounds of one system under one rate; `cores` are by role, `goodput_per_s` and `kept_share`
+    by service level in the plan's order. None: not told, or nothing to take it from."""
+
+    system: str
+    rate_per_s: float
+    num_rounds: int
+    offered_per_s: float
+    tokens_per_s: float
+    ttft_ms: Percentiles | None
+    itl_ms: Percentiles | None
+    tpot_ms: Percentiles | None
+    e2e_ms: Percentiles | None
+    goodput_per_s: tuple[float, ...]
+    kept_share: tuple[float, ...]
+    cached_share: float | None
+    kv_moved_mib: float | None
+    cores: dict[str, float]
+    num_refused: int
+    num_failed: int
+
+
+@dataclass(frozen=True)
+class CompareReport:
+    """The content of the JSON file. `complete` is false when the run was interrupted; `num_kv_...` and the like are in
+    the runs, each of which is a report of `bench load`."""
+
+    complete: bool
+    plan: ComparePlan
+    setting: Setting
+    took_s: float
+    start_failures: tuple[StartFailure, ...] = ()
+    runs: tuple[CompareRun, ...] = ()
+    figures: tuple[SystemFigures, ...] = ()
+
+    @property
+    def baseline(self) -> str:
+        """What the others are compared with."""
+        return self.plan.systems[0]
+
+    @property
+    def engines(self) -> frozenset[EngineKind | None]:
+        """Of all systems that were measured; None is a server that does not tell."""
+        return frozenset(run.load.server.engine for run in self.runs)
+
+    @property
+    def heading(self) -> str:
+        """What must not be overlooked."""
+        words = [] if self.complete else ["INTERRUPTED run"]
+        if EngineKind.SIMULATED in self.engines:
+            words.append("SIMULATED engines: no figure is a figure of a model")
+        if None in self.engines:
+            words.append("a server does not tell whether its engines are real")
+        return "; ".join(words)
+
+    def of(self, system: str, rate_per_s: float) -> SystemFigures | None:
+        return next((f for f in self.figures if (f.system, f.rate_per_s) == (system, rate_per_s)), None)
+
+    def valid_runs(self, system: str, rate_per_s: float) -> list[CompareRun]:
+        return [run for run in self.runs if run.is_valid and (run.system, run.rate_per_s) == (system, rate_per_s)]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A figure of one system over that of another, round by round."""
+
+    ratios: tuple[float, ...]
+
+    @property
+    def ratio(self) -> float:
+        return median(self.ratios)
+
+    @property
+    def is_clear(self) -> bool:
+        """All rounds, and two at least, say the same."""
+        beyond = max(self.ratio, 1 / self.ratio if self.ratio else float("inf")) >= CLEAR_RATIO
+        sides = {ratio > 1 for ratio in self.ratios}
+        return beyond and len(sides) == 1 and len(self.ratios) > 1
+
+
+Figure = Callable[[CompareRun], float | None]
+
+
+def difference(
+    report: CompareReport, of: str, to: str, rates_per_s: Sequence[float], figure: Figure
+) -> Difference | None:
+    """Of the most that each shows in a round under any of the rates; None where nothing can be compared."""
+    ratios: list[float] = []
+    for number in range(report.plan.rounds):
+        ours, theirs = (_most(report, name, number, rates_per_s, figure) for name in (of, to))
+        if ours is not None and theirs:
+            ratios.append(ours / theirs)
+    return Difference(tuple(ratios)) if ratios else None
+
+
+def _most(report: CompareReport, system: str, round: int, rates_per_s: Sequence[float], figure: Figure) -> float | None:
+    runs = [run for rate in rates_per_s for run in report.valid_runs(system, rate) if run.round == round]
+    return max((value for value in map(figure, runs) if value is not None), default=None)
+
+
+def evaluate(
+    plan: ComparePlan,
+    setting: Setting,
+    runs: Sequence[CompareRun],
+    start_failures: Iterable[StartFailure],
+    took_s: float,
+    *,
+    complete: bool,
+) -> CompareReport:
+    cells = [(system, rate) for rate in plan.rates_per_s for system in plan.systems]
+    by_cell = [[run for run in runs if run.is_valid and (run.system, run.rate_per_s) == cell] for cell in cells]
+    figures = tuple(_figures(plan, own) for own in by_cell if own)
+    return CompareReport(complete, plan, setting, took_s, tuple(start_failures), tuple(runs), figures)
+
+
+def _figures(plan: ComparePlan, runs: Sequence[CompareRun]) -> SystemFigures:
+    """Of valid runs, which have figures."""
+    loads = [run.load for run in runs]
+    each = [load.figures for load in loads if load.figures is not None]
+    moved = [load.use.kv_moved_bytes for load in loads if load.use.kv_moved_bytes is not None]
+    cached = [one.cached_share for one in each if one.cached_share is not None]
+    roles = dict.fromkeys(process.role for load in loads for process in load.use.processes)
+    slos = range(len(plan.load.slos))
+    return SystemFigures(
+        runs[0].system,
+        runs[0].rate_per_s,
+        len(runs),
+        median(one.offered_per_s for one in each),
+        median(one.tokens_per_s for one in each),
+        _percentiles(each, lambda one: one.ttft_ms),
+        _percentiles(each, lambda one: one.itl_ms),
+        _percentiles(each, lambda one: one.tpot_ms),
+        _percentiles(each, lambda one: one.e2e_ms),
+        tuple(median(one.slos[slo].goodput_per_s for one in each) for slo in slos),
+        tuple(median(one.slos[slo].kept_share for one in each) for slo in slos),
+        median(cached) if cached else None,
+        median(moved) / 2**20 if moved else None,
+        {role: median(_cores(load, role) for load in loads) for role in roles},
+        sum(one.num_refused for one in each),
+        sum(one.num_failed for one in each),
+    )
+
+
+def _percentiles(figures: Sequence[LoadFigures], of: Callable[[LoadFigures], Percentiles | None]) -> Percentiles | None:
+    found = [one for one in map(of, figures) if one is not None]
+    return medians(found) if found else None
+
+
+def _cores(load: LoadReport, role: str) -> float:
+    return sum(process.cpu_s for process in load.use.processes if process.role == role) / load.use.ran_s
+
+
+def targets(plan: ComparePlan, *, is_quick: bool) -> tuple[ReportTarget[CompareReport], ...]:
+    """The time is one of the quick run on this machine's CPUs."""
+    found = [
+        ReportTarget[CompareReport](
+            "runs of all systems, rates and rounds that are valid",
+            lambda report: sum(run.is_valid for run in report.runs),
+            len(plan.systems) * plan.rounds * (len(plan.rates_per_s) or len(plan.shares)),
+            is_floor=True,
+        ),
+        ReportTarget[CompareReport](
+            "requests that failed, refusals apart", lambda report: sum(f.num_failed for f in report.figures), 0
+        ),
+    ]
+    if is_quick:
+        found.append(
+            ReportTarget[CompareReport]("from start to report", lambda report: report.took_s / 60, MOST_MINUTES, " min")
+        )
+    return tuple(found)
