@@ -17,7 +17,7 @@ STAMP := $(VENV)/.baton-$(shell cat requirements.lock pyproject.toml | sha256sum
 # pyright's wrapper asks a registry for newer versions of itself unless told not to.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: help setup run test check faults lock clean
+.PHONY: help setup run test check compare faults lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +51,9 @@ check: setup ## lint, format, types, import rules, unit tests
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest tests/unit
+
+compare: setup ## does splitting pay here? load systems in turns and write compare.html (SYSTEMS="aggregated split bare router", REPORT=...)
+	@exec $(BIN)/python -m bench compare $(or $(SYSTEMS),aggregated split) --config $(CONFIG) --quick --check --html "$(or $(REPORT),compare.html)"
 
 faults: setup ## kill and stop real processes under clients, 60 cases, goes on where it stopped (CASES=<patterns>, RESULTS=<folder>)
 	@exec $(BIN)/python -m bench faults --check --results "$(or $(RESULTS),fault-results)" $(if $(CASES),--cases '$(CASES)')

@@ -217,7 +217,9 @@ def waterfall(report: CompareReport) -> go.Figure | None:
         picture.update_yaxes(
             type="category", categoryorder="array", categoryarray=[labels[name] for name in reversed(names)], row=number
         )
-    picture.update_layout(barmode="overlay", height=60 + len(runs) * (60 + SESSION_HEIGHT_PX * len(names)))
+    picture.update_layout(
+        template="plotly_white", barmode="overlay", height=60 + len(runs) * (60 + SESSION_HEIGHT_PX * len(names))
+    )
     picture.update_xaxes(title="seconds", row=len(runs))
     return picture
 

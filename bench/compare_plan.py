@@ -27,17 +27,21 @@ class SystemKind(StrEnum):
 
 
 IS_WHAT: Mapping[SystemKind, str] = {
-    SystemKind.SPLIT: "Baton with the configuration's prefill and decode engines, routed by its policy, or by the one "
-    "after a colon: split:least-tokens",
-    SystemKind.AGGREGATED: "Baton with engines on the same cores or GPUs each of which reads and writes; after a colon "
-    "the prompt tokens that a step reads at most: aggregated:2048",
+    SystemKind.AGGREGATED: "Baton with engines on the same cores or GPUs, each of which reads and writes",
+    SystemKind.SPLIT: "Baton with the configuration's prefill and decode engines",
     SystemKind.BARE: "one vLLM server with vLLM's own settings, whose data-parallel engines have these cores or GPUs",
     SystemKind.ROUTER: "vllm-router over vLLM servers for prefill and decode, with Baton's engine settings",
-    SystemKind.ROUTER_STOCK: "the same with vLLM's own settings and NIXL connector",
-    SystemKind.CONFIG: "NAME=FILE.yaml: `baton serve` with another configuration",
-    SystemKind.SERVER: "NAME=URL: a server that runs already; it is neither started nor stopped",
+    SystemKind.ROUTER_STOCK: "vllm-router over vLLM servers for prefill and decode, with vLLM's own settings",
+    SystemKind.CONFIG: "`baton serve` with another configuration",
+    SystemKind.SERVER: "a server that runs already; it is neither started nor stopped",
 }
-_WITH_ARGUMENT = (SystemKind.AGGREGATED, SystemKind.SPLIT)
+AFTER_IT: Mapping[SystemKind, str] = {
+    SystemKind.AGGREGATED: "tokens of prompts that a step reads at most, as in aggregated:2048",
+    SystemKind.SPLIT: "the policy that routes, as in split:least-tokens",
+    SystemKind.CONFIG: "NAME=FILE.yaml",
+    SystemKind.SERVER: "NAME=http://...",
+}
+"""What a system is told, after a colon or an equals sign."""
 _AFTER_EQUALS = (SystemKind.CONFIG, SystemKind.SERVER)
 
 
@@ -67,7 +71,7 @@ class Contestant:
         if word not in known:
             raise ValueError(f"there is no system {text!r}; there are {', '.join(known)}, NAME=FILE.yaml and NAME=URL")
         kind = SystemKind(word)
-        if argument and kind not in _WITH_ARGUMENT:
+        if argument and kind not in AFTER_IT:
             raise ValueError(f"{word} takes nothing after a colon; {text!r} has {argument!r}")
         if kind is SystemKind.AGGREGATED and argument and not (argument.isdecimal() and int(argument)):
             raise ValueError(f"{text!r}: after the colon comes a number of tokens, e.g. aggregated:2048")

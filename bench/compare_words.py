@@ -35,14 +35,13 @@ def _goodput(report: CompareReport, system: str, slo: Slo) -> str | None:
         return f"{limits}: neither {system} nor {report.baseline} keeps it for a single turn, under any rate."
     found = difference(report, system, report.baseline, rates, lambda run: run.goodput_per_s(slo))
     best = (
-        f"{limits}: at best {system} keeps {ours[0]:.3g} turns/s within it (at {ours[1]:g} trajectories/s), "
+        f"by {limits}: at best {system} keeps {ours[0]:.3g} turns/s within it (at {ours[1]:g} trajectories/s), "
         f"{report.baseline} {theirs[0]:.3g} (at {theirs[1]:g})"
     )
     if found is None:
-        return f"{best}."
-    verdict = _verdict(report, system, found)
-    turns = list(_turning(report, system, slo))
-    return f"{best}, {_times(found)}: {verdict}.{' ' if turns else ''}{' '.join(turns)}"
+        return f"Not to be compared {best}."
+    turns = _turning(report, system, slo)
+    return f"{_verdict(report, system, found)}, {_times(found)}, {best}.{turns}"
 
 
 def _best(report: CompareReport, system: str, slo: Slo) -> tuple[float, float] | None:
@@ -55,22 +54,27 @@ def _best(report: CompareReport, system: str, slo: Slo) -> tuple[float, float] |
 def _verdict(report: CompareReport, system: str, found: Difference) -> str:
     kind, to = (report.plan.contestant(name) for name in (system, report.baseline))
     is_question = kind.is_split and to.kind in AGGREGATED_KINDS
+    if len(found.ratios) < 2:
+        return f"{system} against {report.baseline} in one round, which may be chance"
     if not found.is_clear:
-        return "no difference that all rounds show" + (", so splitting neither pays nor costs" if is_question else "")
+        words = f"No difference between {system} and {report.baseline} that all rounds show"
+        return f"{words}, so splitting neither pays nor costs" if is_question else words
     if found.ratio > 1:
-        return "splitting pays here" if is_question else f"{system} is ahead in every round"
-    return "splitting does not pay here" if is_question else f"{system} is behind in every round"
+        return "Splitting pays here" if is_question else f"{system} is ahead of {report.baseline} in every round"
+    return "Splitting does not pay here" if is_question else f"{system} is behind {report.baseline} in every round"
 
 
-def _turning(report: CompareReport, system: str, slo: Slo) -> Iterator[str]:
-    """At which rates it is ahead and at which behind, if there are both."""
+def _turning(report: CompareReport, system: str, slo: Slo) -> str:
+    """At which rates it is ahead and at which behind, if there are both; else empty."""
     sides: dict[str, list[str]] = {"ahead": [], "behind": []}
     for rate in report.plan.rates_per_s:
         found = difference(report, system, report.baseline, [rate], lambda run: run.goodput_per_s(slo))
         if found is not None and found.is_clear:
             sides["ahead" if found.ratio > 1 else "behind"].append(f"{rate:g}")
-    if all(sides.values()):
-        yield f"It is ahead at {', '.join(sides['ahead'])} trajectories/s and behind at {', '.join(sides['behind'])}."
+    if not all(sides.values()):
+        return ""
+    ahead, behind = (", ".join(sides[side]) for side in ("ahead", "behind"))
+    return f" It is ahead at {ahead} trajectories/s and behind at {behind}."
 
 
 _LATENCIES: tuple[tuple[str, Callable[[CompareRun], float | None]], ...] = (
@@ -90,13 +94,14 @@ def _of(run: CompareRun, name: str, percentile: str) -> float | None:
 
 def _latencies(report: CompareReport, system: str) -> Iterator[str]:
     for rate in report.plan.rates_per_s:
-        found = [(name, difference(report, system, report.baseline, [rate], figure)) for name, figure in _LATENCIES]
-        clear = [f"{name} {_times(one)}" for name, one in found if one is not None and one.is_clear]
-        even = [name for name, one in found if one is not None and not one.is_clear]
-        if clear or even:
-            words = [", ".join(clear)] if clear else []
-            if even:
-                words.append(f"no clear difference in {', '.join(even)}")
+        every = [(name, difference(report, system, report.baseline, [rate], figure)) for name, figure in _LATENCIES]
+        found = [(name, one) for name, one in every if one is not None]
+        # One round has no spread to be clear of; its figures are told, and `_reservations` says so.
+        told = [f"{name} {_times(one)}" for name, one in found if one.is_clear or report.plan.rounds == 1]
+        even = [name for name, one in found if not one.is_clear and report.plan.rounds > 1]
+        words = [", ".join(told)] if told else []
+        words += [f"no clear difference in {', '.join(even)}"] if even else []
+        if words:
             yield f"{system} against {report.baseline} at {rate:g} trajectories/s: {'; '.join(words)}."
 
 
@@ -115,7 +120,7 @@ def _reservations(report: CompareReport) -> Iterator[str]:
             f"{'; '.join(run.load.why_invalid)}."
         )
     if report.plan.rounds < 2:
-        yield "One round only: how much rounds differ is not known, so no difference is called clear."
+        yield "One round only: how much rounds differ is not known, so any difference may be chance."
     if report.runs and (rates := report.plan.rates_per_s):
         loosest = max(range(len(report.plan.load.slos)), key=lambda index: report.plan.load.slos[index].ttft_ms)
         growing = [

@@ -9,7 +9,7 @@ from bench.traces import Trace, TraceError, cut_trace
 from bench.workloads import WORKLOADS, longest_turn_tokens, scaled, synthetic
 
 SCALES = (1, 3 / 4, 1 / 2, 3 / 8, 1 / 4, 3 / 16, 1 / 8, 3 / 32, 1 / 16, 3 / 64, 1 / 32, 1 / 64)
-FITTING_SHARE = 0.95
+FITTING_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def prepare(plan: LoadPlan, whole: Trace, scale: float, max_model_len: int | Non
 
 
 def fitting_scale(whole: Trace, max_model_len: int) -> float:
-    """The largest with which the context holds nearly all turns; 1 where it does as they are."""
+    """The largest with which the context holds most of the turns; 1 where it does as they are."""
     size = whole.block_size_tokens
     for part in SCALES:
         scale = max(round(size * part), 1) / size

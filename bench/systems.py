@@ -405,7 +405,9 @@ def _vllm_server(
     if gpus := [gpu for place in on for gpu in place.gpus]:
         engine_env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
     argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", LOOPBACK, "--port", str(port)]
-    argv += ["--served-model-name", settings.model_name, "--disable-uvicorn-access-log", *flags(arguments)]
+    argv += ["--served-model-name", settings.model_name, "--disable-uvicorn-access-log"]
+    # Without it a server says nothing of its cache, and costs as much.
+    argv += ["--enable-prompt-tokens-details", *flags(arguments)]
     name = f"vllm-{phase.value if phase else 'server'}-{port}"
     return Command(name, argv, _peer_environment(settings, folder) | engine_env, f"{_url(port)}/health")
 

@@ -21,7 +21,7 @@ from bench.commands.terminal import (
     parse_names,
     parse_reals,
 )
-from bench.compare_plan import IS_WHAT, WAKE_S, ComparePlan, Contestant, SystemKind, parse_contestants, plan
+from bench.compare_plan import AFTER_IT, IS_WHAT, WAKE_S, ComparePlan, Contestant, SystemKind, parse_contestants, plan
 from bench.interrupts import interrupt_once
 from bench.load_plan import DEFAULT_SLOS, SLOS, LoadPlan, slo_of
 from bench.load_progress import LoadProgress
@@ -32,8 +32,11 @@ from gateway.settings import ConfigError, Settings, load
 
 START_AND_STOP_S = 45.0
 """Of a system on a CPU, to say beforehand how long a run takes."""
-OF_CONFIG = frozenset(SystemKind) - {SystemKind.CONFIG, SystemKind.SERVER}
-"""Kinds that are made from `--config`."""
+
+
+def _explained(kind: SystemKind) -> str:
+    how = f" ({AFTER_IT[kind]})" if kind in AFTER_IT else ""
+    return f"{kind}: {IS_WHAT[kind]}{how}"
 
 
 def compare(
@@ -41,8 +44,7 @@ def compare(
         list[str],
         typer.Argument(
             metavar="BASELINE OTHER...",
-            help="The first is what the others are compared with. "
-            + "; ".join(what if kind not in OF_CONFIG else f"{kind}: {what}" for kind, what in IS_WHAT.items()),
+            help="The first is what the others are compared with. " + "; ".join(map(_explained, SystemKind)),
         ),
     ],
     workload: Annotated[str, typer.Option(help=f"{', '.join(WORKLOADS)}; or a recorded trace.")] = "agents",
@@ -161,8 +163,6 @@ def compare(
         def save() -> None:
             if json_file is not None:
                 write_json(experiment.report, json_file)
-            if html_file is not None and draw is not None:
-                draw(experiment.report, html_file)
 
         interrupt_once()
         try:
@@ -179,7 +179,8 @@ def compare(
     console.print(table(report))
     for sentence in conclusions(report):
         console.print(f"- {escape(sentence)}", soft_wrap=True)
-    if html_file is not None:
+    if html_file is not None and draw is not None:
+        draw(report, html_file)
         console.print(f"report: {escape(str(html_file))}", soft_wrap=True)
     missed = num_missed(console, targets(report.plan, is_quick=quick), report) if check else 0
     end(report.complete or has_failed, missed or has_failed or report.start_failures)
