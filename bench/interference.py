@@ -8,10 +8,9 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import yaml
-
 from bench import cpu
 from bench.client import Client
+from bench.compare_systems import aggregated_config
 from bench.interference_report import SPLIT, InterferencePlan, InterferenceReport, Storm, aggregated, evaluate, storm
 from bench.overhead import PromptMaker
 from bench.results import Setting
@@ -23,21 +22,10 @@ SETTLE_S = 2.0
 """Streams run so long before a window begins."""
 
 
-def aggregated_config(base: Path, chunk: int, folder: Path) -> Path:
-    """A configuration like `base` whose engines read at most `chunk` prompt tokens a step. Raises ConfigError."""
-    settings = load(base)
-    data = settings.model_dump(mode="json", exclude_unset=True)
-    data["pools"]["decode"]["engine"]["max_num_batched_tokens"] = chunk
-    path = folder / f"{aggregated(chunk)}.yaml"
-    path.write_text(yaml.safe_dump(data))
-    load(path)
-    return path
-
-
-def make_systems(plan: InterferencePlan, folder: Path) -> dict[str, System]:
-    """By name, not started. Raises ConfigError, ValueError."""
+def make_systems(plan: InterferencePlan, settings: Settings, folder: Path) -> dict[str, System]:
+    """By name, not started; `settings` are the plan's configuration. Raises ConfigError, ValueError."""
     configs = {SPLIT: Path(plan.config)} | {
-        aggregated(chunk): aggregated_config(Path(plan.aggregated_config), chunk, folder) for chunk in plan.chunks
+        aggregated(chunk): aggregated_config(settings, chunk, folder) for chunk in plan.chunks
     }
     return {name: make_system("baton", load(config), config) for name, config in configs.items()}
 

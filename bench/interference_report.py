@@ -27,7 +27,6 @@ class InterferencePlan:
     are two replicas on a core each, one system for each of `chunks`: prompt tokens that a step reads at most."""
 
     config: str
-    aggregated_config: str
     chunks: tuple[int, ...]
     rates_per_s: tuple[float, ...]
     streams: int

@@ -23,8 +23,6 @@ from bench.results import EngineKind, gather_setting, write_json
 from bench.systems import StartFailed, check_comparable
 from gateway.settings import ConfigError, load
 
-AGGREGATED_CONFIG = Path("configs/aggregated.yaml")
-
 
 def interference(
     rates: Annotated[
@@ -42,7 +40,6 @@ def interference(
     config: Annotated[Path, typer.Option(help="One prefill and one decode engine, on a core each.")] = DEFAULT_CONFIGS[
         EngineKind.VLLM
     ],
-    aggregated: Annotated[Path, typer.Option(help="Two engines that do both, on the same cores.")] = AGGREGATED_CONFIG,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything that was measured here.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Minutes: one round, one chunk size, two rates.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Exit 1 where a target is missed.")] = False,
@@ -53,15 +50,12 @@ def interference(
     from bench.interference_report import TARGETS, InterferencePlan, conclusions, table
 
     try:
-        settings, base = load(config), load(aggregated)
+        settings = load(config)
         check_comparable(settings)
     except (ConfigError, ValueError) as error:
         fail(str(error))
-    if base.pools.prefill.replicas or base.pools.decode.replicas != 2 or base.simulation is not None:
-        fail(f"{aggregated} must have two real engines that do both; use {AGGREGATED_CONFIG}")
     plan = InterferencePlan(
         config=str(config),
-        aggregated_config=str(aggregated),
         chunks=parse_numbers(chunks or ("2048" if quick else "512,2048,8192"), "--chunks"),
         rates_per_s=parse_reals(rates or ("0,0.5" if quick else "0,0.25,0.5,1"), "--rates"),
         streams=streams,
@@ -77,7 +71,7 @@ def interference(
     has_failed = False
     with tempfile.TemporaryDirectory(prefix="baton-bench-") as folder:
         try:
-            systems = make_systems(plan, Path(folder))
+            systems = make_systems(plan, settings, Path(folder))
         except (ConfigError, ValueError) as error:
             fail(str(error))
         experiment = InterferenceExperiment(plan, systems, settings, gather_setting(), console.print)

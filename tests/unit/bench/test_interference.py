@@ -4,11 +4,10 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-import yaml
 from typer.testing import CliRunner
 
 from bench.commands.app import app
-from bench.interference import InterferenceExperiment, aggregated_config
+from bench.interference import InterferenceExperiment, make_systems
 from bench.interference_report import (
     TARGETS,
     InterferencePlan,
@@ -28,7 +27,6 @@ from tests.unit.bench.test_overhead import FakeSystem
 CONFIGS = Path(__file__).parents[3] / "configs"
 PLAN = InterferencePlan(
     config=str(CONFIGS / "local.yaml"),
-    aggregated_config=str(CONFIGS / "aggregated.yaml"),
     chunks=(512, 2048),
     rates_per_s=(0.0, 2.0),
     streams=2,
@@ -107,13 +105,9 @@ def test_split_is_compared_with_the_best_aggregated_by_medians_over_the_rounds()
     assert table(found).row_count == 3
 
 
-def test_an_aggregated_configuration_differs_in_its_steps_alone(tmp_path: Path) -> None:
-    path = aggregated_config(CONFIGS / "aggregated.yaml", 512, tmp_path)
-    ours, base = load(path).model_dump(), load(CONFIGS / "aggregated.yaml").model_dump()
-    assert ours["pools"]["decode"]["engine"].pop("max_num_batched_tokens") == 512
-    assert base["pools"]["decode"]["engine"].pop("max_num_batched_tokens") == 8192
-    assert ours == base
-    assert yaml.safe_load(path.read_text())["model"]["path"] == str(CONFIGS / "models" / "mini")
+def test_systems_differ_in_their_pools_and_steps(tmp_path: Path) -> None:
+    made = make_systems(PLAN, load(CONFIGS / "local.yaml"), tmp_path)
+    assert list(made) == list(PLAN.systems)
 
 
 def experiment(systems: dict[str, FakeSystem], monkeypatch: pytest.MonkeyPatch) -> InterferenceExperiment:
@@ -163,7 +157,6 @@ def test_a_system_that_does_not_start_ends_the_run_and_is_stopped(monkeypatch: p
     ("arguments", "says"),
     [
         (["--config", "configs/simulated.yaml"], "simulates its engines"),
-        (["--aggregated", "configs/local.yaml"], "two real engines that do both"),
         (["--chunks", "none"], "--chunks is 'none'"),
         (["--rates", "-1"], "--rates is '-1'"),
     ],
