@@ -3,10 +3,12 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import get_args
 
 from bench.load_plan import LoadPlan
 from bench.stats import in_turns
 from bench.traces import Session, Trace
+from gateway.settings import PolicyName
 
 WAKE_S = 3.0
 WAKE_CONCURRENCY = 4
@@ -75,6 +77,8 @@ class Contestant:
             raise ValueError(f"{word} takes nothing after a colon; {text!r} has {argument!r}")
         if kind is SystemKind.AGGREGATED and argument and not (argument.isdecimal() and int(argument)):
             raise ValueError(f"{text!r}: after the colon comes a number of tokens, e.g. aggregated:2048")
+        if kind is SystemKind.SPLIT and argument and argument not in get_args(PolicyName):
+            raise ValueError(f"{text!r}: there is no such policy; there are {', '.join(get_args(PolicyName))}")
         return cls(text, kind, argument)
 
 

@@ -74,7 +74,7 @@ def compare(
     request_timeout_s: Annotated[float, typer.Option(min=1.0, help="A request that takes longer has failed.")] = 120.0,
     max_lateness_ms: Annotated[
         float, typer.Option(min=0.1, help="A run whose generator's lateness p99 is above is invalid.")
-    ] = 10.0,
+    ] = 50.0,
     model: Annotated[str | None, typer.Option(help="Default: the one that is served.")] = None,
     api_key: Annotated[
         str | None, typer.Option(envvar=API_KEY_VARIABLE, help="Better given in the environment.", show_envvar=True)
@@ -143,7 +143,6 @@ def compare(
     )
     if not all((*chosen.rates_per_s, *chosen.shares)):
         fail("--rates and --shares must be above 0")
-    _say_what_comes(console, chosen)
     heal(console)
     raise_open_files(0)
     has_failed = False
@@ -152,6 +151,8 @@ def compare(
             made = {one.name: make(one, settings, config, Path(folder)) for one in contestants}
         except (ConfigError, ValueError) as error:
             fail(str(error))
+
+        _say_what_comes(console, chosen)
 
         def say(words: str) -> None:
             console.print(escape(words), soft_wrap=True)

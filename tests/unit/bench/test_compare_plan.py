@@ -36,6 +36,7 @@ def test_words_for_systems(text: str, contestant: Contestant) -> None:
         (["split", "config"], "there is no system 'config'"),
         (["split", "bare:2"], "bare takes nothing after a colon"),
         (["split", "aggregated:many"], "after the colon comes a number of tokens"),
+        (["split", "split:clever"], "there is no such policy; there are baton, least-tokens"),
         (["split", "x=y"], "'x=y' must be NAME=FILE.yaml or NAME=http"),
         (["split", "=http://x"], "must be NAME="),
         (["split", "split"], "each system once"),
