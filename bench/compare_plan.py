@@ -98,7 +98,7 @@ class ComparePlan:
     """In each of `rounds` every system has its turn, under each of `rates_per_s` for as long as `load` says. Where no
     rates are given they are `shares` of what the first system can do in a closed loop of `calibration`.
 
-    Rounds differ in who arrives when; within one all systems get the same.
+    Rounds differ in who arrives when; within one all systems get the same. `has_random_weights`: by the configuration.
     """
 
     contestants: tuple[Contestant, ...]
@@ -109,6 +109,7 @@ class ComparePlan:
     load: LoadPlan
     calibration: LoadPlan
     wake: LoadPlan
+    has_random_weights: bool = False
 
     @property
     def systems(self) -> tuple[str, ...]:

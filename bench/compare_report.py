@@ -91,6 +91,8 @@ class CompareReport:
         words = [] if self.complete else ["INTERRUPTED run"]
         if EngineKind.SIMULATED in self.engines:
             words.append("SIMULATED engines: no figure is a figure of a model")
+        if self.plan.has_random_weights:
+            words.append("RANDOM weights: answers mean nothing, and their lengths are forced")
         if None in self.engines:
             words.append("a server does not tell whether its engines are real")
         return "; ".join(words)

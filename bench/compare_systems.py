@@ -92,7 +92,8 @@ def split_config(settings: Settings, policy: str, folder: Path) -> Path:
 def aggregated_config(settings: Settings, chunk_tokens: int, folder: Path) -> Path:
     """A configuration without a prefill pool, whose engines have the cores or GPUs of both pools, and otherwise what
     the decode engines had; `chunk_tokens`, unless 0, is how many tokens of prompts a step reads at most. Engines that
-    shared a GPU become one that has it whole. Raises ConfigError, ValueError."""
+    shared a GPU become one that has it whole; where each pool had its group of nodes, engines run in both. Raises
+    ConfigError, ValueError."""
     prefill, decode = settings.pools.prefill, settings.pools.decode
     for field in _ALIKE if prefill.replicas else ():
         if getattr(prefill, field) != getattr(decode, field):
@@ -104,6 +105,8 @@ def aggregated_config(settings: Settings, chunk_tokens: int, folder: Path) -> Pa
     data["pools"].pop("prefill", None)
     pool = data["pools"]["decode"]
     pool.pop("max_replicas", None)
+    if prefill.replicas and prefill.label_selector != decode.label_selector:
+        pool.pop("label_selector", None)
     engine = pool.setdefault("engine", {})
     if decode.device == "cpu":
         pool["replicas"] = prefill.replicas + decode.replicas
@@ -120,7 +123,7 @@ def aggregated_config(settings: Settings, chunk_tokens: int, folder: Path) -> Pa
     return _written(data, folder / f"aggregated-{chunk_tokens}.yaml")
 
 
-_ALIKE = ("device", "ranks_per_replica", "accelerator_type", "label_selector")
+_ALIKE = ("device", "ranks_per_replica", "accelerator_type")
 
 
 def _data(settings: Settings) -> dict[str, Any]:

@@ -32,6 +32,8 @@ CACHE_VARIABLE = "BATON_BENCH_CACHE"
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
+IS_DEPLOYED = "is deployed on the cluster"
+"""What `bench.on_cluster` prints."""
 _INSTALL_TIMEOUT_S = 900.0
 _STOP_TIMEOUT_S = 60.0
 _READY_POLL_S = 0.5
@@ -322,6 +324,13 @@ def baton(config: Path) -> Recipe:
     return Recipe(_url(port), ((command,),))
 
 
+def baton_on_cluster(settings: Settings, config: Path) -> Recipe:
+    """The same on the Ray cluster that this machine is in; HAProxy listens on every node of it."""
+    url = _url(settings.gateway.port)
+    argv = [sys.executable, "-m", "bench.on_cluster", str(config.resolve())]
+    return Recipe(url, ((Command("on-cluster", argv, dict(os.environ), f"{url}/health", IS_DEPLOYED),),))
+
+
 SYSTEM_NAMES = ("bare", "router-stock", "router-equal", "baton", "bare-equal")
 SIMULATED_SYSTEM_NAMES = ("bare", "router", "baton")
 
@@ -335,6 +344,8 @@ def make_system(name: str, settings: Settings, config: Path) -> LocalSystem:
         "router-equal": lambda folder: router(settings, folder, is_equal=True),
         "baton": lambda _folder: baton(config),
     }
+    if settings.runtime.ray_address is not None:
+        recipes["baton"] = lambda _folder: baton_on_cluster(settings, config)
     if settings.simulation is not None:
         recipes = {
             "bare": lambda folder: simulated_bare(settings, config, folder),

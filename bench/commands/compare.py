@@ -3,6 +3,7 @@
 import secrets
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -141,6 +142,9 @@ def compare(
         calibration_s=10.0 if quick else 20.0,
         concurrency=concurrency,
     )
+    pools = (settings.pools.prefill, settings.pools.decode)
+    if any(pool.engine.extra_args.get("load_format") == "dummy" for pool in pools):
+        chosen = replace(chosen, has_random_weights=True)
     if not all((*chosen.rates_per_s, *chosen.shares)):
         fail("--rates and --shares must be above 0")
     heal(console)

@@ -134,6 +134,8 @@ def test_simulated_engines_cannot_be_overlooked() -> None:
     runs = [CompareRun(0, "aggregated", 1.0, load(1, server=server))]
     assert "SIMULATED" in evaluate(PLAN, SETTING, runs, (), 1.0, complete=True).heading
     assert report(AHEAD).heading == ""
+    random = evaluate(replace(PLAN, has_random_weights=True), SETTING, [], (), 1.0, complete=True)
+    assert "RANDOM weights" in random.heading
     assert "INTERRUPTED" in report(AHEAD, complete=False).heading
 
 

@@ -58,6 +58,24 @@ def test_pools_of_two_kinds_are_not_one(tmp_path: Path) -> None:
         aggregated_config(load(CONFIGS / "gpu.yaml"), 0, tmp_path)
 
 
+def test_pools_with_a_group_of_nodes_each_become_one_in_both(tmp_path: Path) -> None:
+    settings = changed(
+        tmp_path, prefill={"label_selector": {"group": "prefill"}}, decode={"label_selector": {"group": "decode"}}
+    )
+    found = load(aggregated_config(settings, 0, tmp_path)).pools.decode
+    assert (found.replicas, found.label_selector) == (2, {})
+
+
+def test_on_a_cluster_baton_is_deployed_and_removed(tmp_path: Path) -> None:
+    config = CONFIGS / "gpu.yaml"
+    made = make(Contestant.parse("split"), load(config), config, tmp_path)
+    assert isinstance(made, LocalSystem)
+    recipe = made.make_recipe(tmp_path)
+    ((command,),) = recipe.stages
+    assert command.argv[1:3] == ["-m", "bench.on_cluster"]
+    assert recipe.url == "http://127.0.0.1:8000"
+
+
 def test_engines_on_gpus_of_their_own_stay_as_many(tmp_path: Path) -> None:
     settings = on_gpus(tmp_path, 2, None)
     found = load(aggregated_config(settings, 0, tmp_path)).pools.decode
