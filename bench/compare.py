@@ -115,6 +115,7 @@ class CompareExperiment:
             self.setting,
             lambda reached: self.heard(plan, reached),
             system.pages,
+            system.processes(),
         ).run()
         if not report.complete:
             raise KeyboardInterrupt

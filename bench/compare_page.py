@@ -143,6 +143,7 @@ def pool_timelines(report: CompareReport) -> go.Figure | None:
                 held = [one.num_running if state == "running" else one.num_waiting for one in samples]
                 picture.add_trace(
                     go.Scatter(
+                        mode="lines",
                         x=[sample.at_s for sample in samples],
                         y=held,
                         name=f"{run.system}, {pool}: {state}",

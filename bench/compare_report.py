@@ -3,6 +3,7 @@
 Pure. What it means in words is in `compare_words`, the pictures are in `compare_page`.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -15,7 +16,7 @@ from bench.stats import Percentiles, medians
 from bench.targets import ReportTarget
 
 CLEAR_RATIO = 1.05
-"""Less than that apart, or not to the same side in every round, is no difference."""
+"""Less than that apart is no difference."""
 MOST_MINUTES = 12.0
 """On a CPU with `--quick`: fifteen minutes from a clean clone, less what `make setup` takes."""
 
@@ -37,6 +38,11 @@ class CompareRun:
         """0 without a turn that was measured."""
         figures = self.load.figures
         return next(one.goodput_per_s for one in figures.slos if one.slo == slo) if figures else 0.0
+
+    def num_kept(self, slo: Slo) -> int:
+        """Turns behind that."""
+        figures = self.load.figures
+        return round(self.goodput_per_s(slo) * figures.window_s) if figures else 0
 
 
 @dataclass(frozen=True)
@@ -106,9 +112,11 @@ class CompareReport:
 
 @dataclass(frozen=True)
 class Difference:
-    """A figure of one system over that of another, round by round."""
+    """A figure of one system over that of another, round by round. `counts`: how many turns stand behind each of the
+    two, of a figure that counts them."""
 
     ratios: tuple[float, ...]
+    counts: tuple[int, int] | None = None
 
     @property
     def ratio(self) -> float:
@@ -116,30 +124,51 @@ class Difference:
 
     @property
     def is_clear(self) -> bool:
-        """All rounds, and two at least, say the same."""
-        beyond = max(self.ratio, 1 / self.ratio if self.ratio else float("inf")) >= CLEAR_RATIO
+        """All rounds, and two at least, say the same, and counts are further apart than chance has them: twice the
+        standard deviation of the difference of two Poisson counts."""
+        beyond = max(self.ratio, 1 / self.ratio if self.ratio else math.inf) >= CLEAR_RATIO
         sides = {ratio > 1 for ratio in self.ratios}
-        return beyond and len(sides) == 1 and len(self.ratios) > 1
+        ours, theirs = self.counts or (0, 0)
+        is_chance = self.counts is not None and abs(ours - theirs) <= 2 * math.sqrt(ours + theirs)
+        return beyond and not is_chance and len(sides) == 1 and len(self.ratios) > 1
 
 
 Figure = Callable[[CompareRun], float | None]
 
 
-def difference(
-    report: CompareReport, of: str, to: str, rates_per_s: Sequence[float], figure: Figure
-) -> Difference | None:
-    """Of the most that each shows in a round under any of the rates; None where nothing can be compared."""
+def difference(report: CompareReport, of: str, to: str, rate_per_s: float, figure: Figure) -> Difference | None:
+    """Under one rate; None where nothing can be compared."""
     ratios: list[float] = []
     for number in range(report.plan.rounds):
-        ours, theirs = (_most(report, name, number, rates_per_s, figure) for name in (of, to))
+        found = [_run(report, system, number, rate_per_s) for system in (of, to)]
+        ours, theirs = (None if run is None else figure(run) for run in found)
         if ours is not None and theirs:
             ratios.append(ours / theirs)
     return Difference(tuple(ratios)) if ratios else None
 
 
-def _most(report: CompareReport, system: str, round: int, rates_per_s: Sequence[float], figure: Figure) -> float | None:
-    runs = [run for rate in rates_per_s for run in report.valid_runs(system, rate) if run.round == round]
-    return max((value for value in map(figure, runs) if value is not None), default=None)
+def goodput_difference(
+    report: CompareReport, of: str, to: str, rates_per_s: Sequence[float], slo: Slo
+) -> Difference | None:
+    """Of the best goodput that each shows in a round under any of the rates."""
+    ratios: list[float] = []
+    counts = [0, 0]
+    for number in range(report.plan.rounds):
+        each = [[_run(report, system, number, rate) for rate in rates_per_s] for system in (of, to)]
+        best = [
+            max((run for run in runs if run), key=lambda run: run.goodput_per_s(slo), default=None) for runs in each
+        ]
+        ours, theirs = best
+        if ours is None or theirs is None or not theirs.goodput_per_s(slo):
+            continue
+        ratios.append(ours.goodput_per_s(slo) / theirs.goodput_per_s(slo))
+        counts[0] += ours.num_kept(slo)
+        counts[1] += theirs.num_kept(slo)
+    return Difference(tuple(ratios), (counts[0], counts[1])) if ratios else None
+
+
+def _run(report: CompareReport, system: str, round: int, rate_per_s: float) -> CompareRun | None:
+    return next((run for run in report.valid_runs(system, rate_per_s) if run.round == round), None)
 
 
 def evaluate(

@@ -6,7 +6,7 @@ from rich import box
 from rich.table import Table
 
 from bench.compare_plan import SystemKind
-from bench.compare_report import CompareReport, CompareRun, Difference, SystemFigures, difference
+from bench.compare_report import CompareReport, CompareRun, Difference, SystemFigures, difference, goodput_difference
 from bench.load_plan import Slo
 from bench.stats import Percentiles
 
@@ -26,22 +26,22 @@ def conclusions(report: CompareReport) -> Iterator[str]:
 
 
 def _goodput(report: CompareReport, system: str, slo: Slo) -> str | None:
-    rates = report.plan.rates_per_s
     ours, theirs = (_best(report, name, slo) for name in (system, report.baseline))
     if ours is None or theirs is None:
         return None
     limits = f"{slo.name} (TTFT {slo.ttft_ms:g} ms, TPOT {slo.tpot_ms:g} ms)"
     if not ours[0] and not theirs[0]:
         return f"{limits}: neither {system} nor {report.baseline} keeps it for a single turn, under any rate."
-    found = difference(report, system, report.baseline, rates, lambda run: run.goodput_per_s(slo))
+    found = goodput_difference(report, system, report.baseline, report.plan.rates_per_s, slo)
     best = (
         f"by {limits}: at best {system} keeps {ours[0]:.3g} turns/s within it (at {ours[1]:g} trajectories/s), "
         f"{report.baseline} {theirs[0]:.3g} (at {theirs[1]:g})"
     )
     if found is None:
         return f"Not to be compared {best}."
-    turns = _turning(report, system, slo)
-    return f"{_verdict(report, system, found)}, {_times(found)}, {best}.{turns}"
+    counts = "" if found.counts is None else f", {found.counts[0]} turns against {found.counts[1]}"
+    words = f"{_verdict(report, system, found)} ({_times(found)}{counts}) {best}."
+    return words + _turning(report, system, slo)
 
 
 def _best(report: CompareReport, system: str, slo: Slo) -> tuple[float, float] | None:
@@ -57,7 +57,7 @@ def _verdict(report: CompareReport, system: str, found: Difference) -> str:
     if len(found.ratios) < 2:
         return f"{system} against {report.baseline} in one round, which may be chance"
     if not found.is_clear:
-        words = f"No difference between {system} and {report.baseline} that all rounds show"
+        words = f"No difference between {system} and {report.baseline} beyond chance"
         return f"{words}, so splitting neither pays nor costs" if is_question else words
     if found.ratio > 1:
         return "Splitting pays here" if is_question else f"{system} is ahead of {report.baseline} in every round"
@@ -68,7 +68,7 @@ def _turning(report: CompareReport, system: str, slo: Slo) -> str:
     """At which rates it is ahead and at which behind, if there are both; else empty."""
     sides: dict[str, list[str]] = {"ahead": [], "behind": []}
     for rate in report.plan.rates_per_s:
-        found = difference(report, system, report.baseline, [rate], lambda run: run.goodput_per_s(slo))
+        found = goodput_difference(report, system, report.baseline, [rate], slo)
         if found is not None and found.is_clear:
             sides["ahead" if found.ratio > 1 else "behind"].append(f"{rate:g}")
     if not all(sides.values()):
@@ -94,7 +94,7 @@ def _of(run: CompareRun, name: str, percentile: str) -> float | None:
 
 def _latencies(report: CompareReport, system: str) -> Iterator[str]:
     for rate in report.plan.rates_per_s:
-        every = [(name, difference(report, system, report.baseline, [rate], figure)) for name, figure in _LATENCIES]
+        every = [(name, difference(report, system, report.baseline, rate, figure)) for name, figure in _LATENCIES]
         found = [(name, one) for name, one in every if one is not None]
         # One round has no spread to be clear of; its figures are told, and `_reservations` says so.
         told = [f"{name} {_times(one)}" for name, one in found if one.is_clear or report.plan.rounds == 1]
@@ -161,12 +161,11 @@ COLUMNS = (
     "end to end ms\np50/p99",
     "tokens/s",
     "turns/s\nasked",
-    "goodput turns/s\nby service level",
+    "goodput\nturns/s",
     "cached",
     "KV moved\nMiB",
     "cores",
-    "refused",
-    "failed",
+    "refused/\nfailed",
 )
 
 
@@ -182,6 +181,5 @@ def row(figures: SystemFigures) -> tuple[str, ...]:
         "-" if figures.cached_share is None else f"{figures.cached_share:.0%}",
         "-" if figures.kv_moved_mib is None else f"{figures.kv_moved_mib:.0f}",
         f"{sum(figures.cores.values()):.2f}" if figures.cores else "-",
-        f"{figures.num_refused}",
-        f"{figures.num_failed}",
+        f"{figures.num_refused}/{figures.num_failed}",
     )

@@ -25,6 +25,7 @@ from bench.load_text import DrawnTexts
 from bench.replay_text import SessionText
 from bench.results import Setting
 from bench.traces import Child, Session, Trace, Trajectory, arrivals
+from gateway.runtime.processes import ProcessId
 
 SESSION_HEADER = "x-session-id"
 PARENT_HEADER = "x-parent-session-id"
@@ -81,6 +82,8 @@ class LoadExperiment:
     progress: Callable[[Progress], None]
     pages: Mapping[str, str] = field(default_factory=dict[str, str])
     """Prometheus pages that tell of the server's engines, by the pool they are of; none: its own `/metrics`."""
+    processes: Sequence[ProcessId] | None = None
+    """The server's; None looks for them by its port."""
     _seen: list[tuple[float, str, bytes]] = field(default_factory=list[tuple[float, str, bytes]])
     _turns: list[AskedTurn] = field(default_factory=list[AskedTurn])
     _sessions: list[AskedSession] = field(default_factory=list[AskedSession])
@@ -92,7 +95,7 @@ class LoadExperiment:
     def run(self) -> LoadReport:
         """Ctrl-C ends it; what was measured until then is in the report, which is not complete."""
         url = self.server.url
-        processes = load_server.local_processes(url)
+        processes = load_server.local_processes(url) if self.processes is None else self.processes
         self._pages = dict(self.pages) or {ONLY_POOL: f"{url}/metrics"}
         kv_before = load_server.counters(self._pages.values(), self.api_key)
         cpu_before, own_before_s, waited_before_s = cpu.read(processes), time.process_time(), cpu.waited_s()

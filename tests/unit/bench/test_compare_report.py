@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from bench.compare_plan import parse_contestants, plan
-from bench.compare_report import CompareReport, CompareRun, difference, evaluate, targets
+from bench.compare_report import CompareReport, CompareRun, Difference, evaluate, goodput_difference, targets
 from bench.compare_words import conclusions, table
 from bench.load_metrics import PoolSample
 from bench.load_plan import LoadPlan, ServerFacts, ServerKind, Slo
@@ -34,9 +34,9 @@ def load(num_in_time: int, num_late: int = 0, ttft_s: float = 0.5, server: Serve
 def report(
     goodputs: dict[tuple[str, float], tuple[int, ...]], failures: tuple[StartFailure, ...] = (), complete: bool = True
 ) -> CompareReport:
-    """In each round so many turns in time of 20."""
+    """In each round so many turns in time of 200, by tens."""
     runs = [
-        CompareRun(number, system, rate, load(num, 20 - num))
+        CompareRun(number, system, rate, load(10 * num, 10 * (20 - num)))
         for (system, rate), each in goodputs.items()
         for number, num in enumerate(each)
     ]
@@ -53,26 +53,35 @@ def words(of: CompareReport) -> str:
 def test_figures_are_medians_over_the_rounds() -> None:
     figures = report(AHEAD).of("split", 2.0)
     assert figures is not None
-    assert figures.goodput_per_s == pytest.approx((1.3,))
+    assert figures.goodput_per_s == pytest.approx((13.0,))
     assert figures.kept_share == pytest.approx((0.65,))
     assert (figures.kv_moved_mib, figures.cores, figures.num_rounds) == (1.0, {"engine": 1.5}, 2)
 
 
 def test_a_difference_is_that_of_the_best_of_each_round() -> None:
-    found = difference(report(AHEAD), "split", "aggregated", PLAN.rates_per_s, lambda run: run.goodput_per_s(SLO))
+    found = goodput_difference(report(AHEAD), "split", "aggregated", PLAN.rates_per_s, SLO)
     assert found is not None
-    assert found.ratios == (1.4, 1.2)
-    assert found.is_clear
+    assert found.ratios == pytest.approx((1.4, 1.2))
+    assert found.counts == (260, 200)
+
+
+def test_few_turns_are_chance_and_many_are_not() -> None:
+    assert Difference((1.4, 1.4), (140, 100)).is_clear
+    assert not Difference((1.4, 1.4), (14, 10)).is_clear
+    assert not Difference((1.4, 0.9), (140, 100)).is_clear
+    assert not Difference((1.04, 1.04), (10_400, 10_000)).is_clear
+    assert Difference((0.5, 0.5)).is_clear, "a latency"
+    assert not Difference((0.5,)).is_clear
 
 
 @pytest.mark.parametrize(
     ("split", "says"),
     [
-        ((14, 12), "Splitting pays here, 1.30 times, by own"),
-        ((6, 8), "Splitting does not pay here, 0.70 times, by own"),
+        ((14, 12), "Splitting pays here (1.30 times, 260 turns against 200) by own"),
+        ((6, 8), "Splitting does not pay here (0.70 times, 140 turns against 200) by own"),
         (
             (12, 9),
-            "No difference between split and aggregated that all rounds show, so splitting neither pays nor costs",
+            "No difference between split and aggregated beyond chance, so splitting neither pays nor costs",
         ),
     ],
 )
@@ -101,7 +110,7 @@ def test_one_round_may_be_chance_and_says_so() -> None:
     one = replace(PLAN, rounds=1)
     runs = [CompareRun(0, "aggregated", 1.0, load(10)), CompareRun(0, "split", 1.0, load(20))]
     said = words(evaluate(one, SETTING, runs, (), 1.0, complete=True))
-    assert "split against aggregated in one round, which may be chance, 2.00 times" in said
+    assert "split against aggregated in one round, which may be chance (2.00 times, 20 turns against 10)" in said
     assert "One round only" in said
 
 
