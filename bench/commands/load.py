@@ -15,7 +15,7 @@ from bench.commands.terminal import DEFAULT_CONFIGS, end, fail, make_console, nu
 from bench.interrupts import INTERRUPTED, interrupt_once
 from bench.load_plan import DEFAULT_SLOS, SLOS, LoadPlan, ServerFacts, ServerKind, slo_of
 from bench.results import EngineKind, gather_setting, write_json
-from bench.workloads import WORKLOADS
+from bench.workloads import FIXED, WORKLOADS
 from gateway.client import API_KEY_VARIABLE
 
 if TYPE_CHECKING:
@@ -32,7 +32,9 @@ SAID_EVERY_S = 10.0
 def load(
     workload: Annotated[
         str,
-        typer.Argument(help=f"{', '.join(WORKLOADS)}; or a recorded trace, a file or folder (bench/trace_files.py)."),
+        typer.Argument(
+            help=f"{', '.join(WORKLOADS)}; {FIXED}; or a recorded trace, a file or folder (bench/trace_files.py)."
+        ),
     ] = "",
     url: Annotated[str, typer.Option(help="The server, without /v1.")] = DEFAULT_URL,
     model: Annotated[str | None, typer.Option(help="Default: the one that is served.")] = None,
@@ -162,12 +164,14 @@ def _trace(plan: LoadPlan) -> "Trace":
     """Raises TraceError, OSError."""
     from bench.trace_files import read
     from bench.traces import TraceError
-    from bench.workloads import synthetic
+    from bench.workloads import fixed, fixed_lengths, synthetic
 
+    if (lengths := fixed_lengths(plan.workload)) is not None:
+        return fixed(*lengths)
     if plan.workload in WORKLOADS:
         return synthetic(plan.workload, plan.seed)
     if not plan.workload:
-        raise TraceError(f"give a workload: {', '.join(WORKLOADS)}, or the path of a recorded trace")
+        raise TraceError(f"give a workload: {', '.join(WORKLOADS)}, {FIXED}, or the path of a recorded trace")
     if not Path(plan.workload).exists():
         raise TraceError(f"there is no workload and no file {plan.workload}; there are {', '.join(WORKLOADS)}")
     return read(Path(plan.workload))
