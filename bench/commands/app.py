@@ -3,6 +3,7 @@
 import typer
 
 from bench.commands.agents import agents
+from bench.commands.clients import clients
 from bench.commands.decisions import decisions
 from bench.commands.faults import faults
 from bench.commands.interference import interference
@@ -25,6 +26,7 @@ app = typer.Typer(
 
 for command in (
     load,
+    clients,
     overhead,
     streams,
     overload,
