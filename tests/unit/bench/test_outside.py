@@ -2,9 +2,11 @@
 
 import json
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -164,14 +166,22 @@ def test_a_client_that_fails_ends_the_run_with_what_it_said(script: str, says: s
     assert not ours.report.complete
 
 
-def test_a_client_that_does_not_end_is_stopped_with_all_it_started(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outside, "GRACE_S", -2.0)
-    script = """
-import signal, subprocess, sys
+def test_a_client_that_does_not_end_is_stopped_with_all_it_started(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    begun = tmp_path / "begun"
+
+    def clock() -> float:
+        return 1e6 if begun.exists() else 0.0
+
+    monkeypatch.setattr(outside, "time", SimpleNamespace(monotonic=clock, time=time.time))
+    script = f"""
+import pathlib, signal, subprocess, sys
 subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"], start_new_session=True)
+pathlib.Path({str(begun)!r}).touch()
 signal.pause()
 """
-    with pytest.raises(ClientFailed, match="did not end within 0 s"):
+    with pytest.raises(ClientFailed, match="did not end within 302 s"):
         experiment(None, programs(script), replace(PLAN, url="http://there")).run(lambda: None)
     assert processes.marked(processes.this_process()) == []
 
