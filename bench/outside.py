@@ -1,6 +1,6 @@
 """Owns the experiment `clients`: the same load from our generator and from others', in turns, against one server.
 
-All run in the same way: as a process of their own that inherits how much this one is preferred (`cpu.first_in_line`).
+All wait for a core like any process: ours is not first in line here, for the others are not either.
 """
 
 import os
@@ -13,8 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from bench import cpu
-from bench.outside_clients import CLIENTS, ENVIRONMENT, OURS, Ask, ExportError, read_export
-from bench.outside_report import ClientRun, ClientsPlan, ClientsReport, cores_between, evaluate
+from bench.outside_clients import CLIENTS, OURS, Ask, ExportError, read_export
+from bench.outside_report import ClientRun, ClientsPlan, ClientsReport, TurnFailure, cores_between, evaluate
 from bench.results import Setting
 from bench.systems import REPOSITORY, System
 from gateway.runtime import processes
@@ -23,7 +23,7 @@ from gateway.runtime.environment import RUN_MARKER
 SAMPLE_S = 0.5
 _LOG = "client.log"
 _LOG_TAIL_LINES = 20
-GRACE_S = 300.0
+GRACE_S = 90.0
 """What a client may take besides the load: to start, to make prompts, to wait for answers, to evaluate."""
 
 
@@ -58,17 +58,24 @@ class ClientsExperiment:
         self._setting = setting
         self._say = say
         self._runs: list[ClientRun] = []
+        self._failures: list[TurnFailure] = []
         self._complete = False
 
     @property
     def report(self) -> ClientsReport:
-        return evaluate(self._plan, self._setting, self._runs, complete=self._complete)
+        return evaluate(self._plan, self._setting, self._runs, self._failures, complete=self._complete)
 
     def run(self, save: Callable[[], None]) -> None:
-        """Calls `save` after each turn. Raises StartFailed, ClientFailed."""
-        with self._served() as url, cpu.first_in_line():
+        """Calls `save` after each turn; one that fails is noted. Raises StartFailed."""
+        with self._served() as url:
             for turn, (number, name) in enumerate(self._plan.turns()):
-                found = self._turn(url, number, name, self._plan.seed + turn)
+                try:
+                    found = self._turn(url, number, name, self._plan.seed + turn)
+                except ClientFailed as error:
+                    self._failures.append(TurnFailure(number, name, str(error), error.log_tail))
+                    self._say(f"round {number + 1}/{self._plan.rounds}, {error}\n{error.log_tail}")
+                    save()
+                    continue
                 self._runs.append(found)
                 save()
                 self._say(
@@ -118,7 +125,7 @@ class ClientsExperiment:
         with (folder / _LOG).open("wb") as log:
             process = subprocess.Popen(
                 argv,
-                env=_environment(name),
+                env=_environment(CLIENTS[name].environment),
                 cwd=REPOSITORY if name == OURS else folder,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -140,9 +147,10 @@ class ClientsExperiment:
         return samples
 
 
-def _environment(name: str) -> dict[str, str]:
-    kept = {variable: value for variable, value in os.environ.items() if name == OURS or variable != "PYTHONPATH"}
-    return {**kept, **ENVIRONMENT, RUN_MARKER: str(processes.this_process())}
+def _environment(changes: Mapping[str, str | None]) -> dict[str, str]:
+    """This process's, with these changes, marked as ours."""
+    changed = {**os.environ, **changes, RUN_MARKER: str(processes.this_process())}
+    return {variable: value for variable, value in changed.items() if value is not None}
 
 
 def _tree_cpu_s(pid: int) -> float:

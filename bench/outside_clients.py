@@ -19,15 +19,12 @@ AIPERF = Package("aiperf", "0.13.0")
 GUIDELLM = Package("guidellm", "0.8.1", before=("torch==2.13.0",))
 PACKAGES = {package.name: package for package in (AIPERF, GUIDELLM)}
 
-ENVIRONMENT: Mapping[str, str] = {
-    "HF_HUB_OFFLINE": "1",
-    "TRANSFORMERS_OFFLINE": "1",
-    "GUIDELLM__MAX_WORKER_PROCESSES": "1",
-}
-"""What all clients get. GuideLLM starts a process for each request in flight unless it is told otherwise."""
 PROMPTS_PER_S_AND_REQUEST = 10
 """AIPerf makes its prompts before it sends any, and begins again with the first when it has none left: enough of them,
 for each second and each request in flight."""
+AIPERF_RATE_PER_S = "500"
+"""How often AIPerf looks for a free place among its requests in flight. Without a rate it looks all the time, and
+one of its processes keeps a whole core busy."""
 
 
 @dataclass(frozen=True)
@@ -79,12 +76,14 @@ class ExportError(ValueError):
 
 @dataclass(frozen=True)
 class Client:
-    """`command` gives the arguments of its program; `export` is what it then leaves in the folder, for `read`."""
+    """`command` gives the arguments of its program; `export` is what it then leaves in the folder, for `read`.
+    `environment` is set for it, or removed where a value is None."""
 
     name: str
     command: Callable[[Ask], list[str]]
     export: str
     read: Callable[[bytes], Export]
+    environment: Mapping[str, str | None]
 
 
 # -- ours
@@ -96,7 +95,7 @@ def _our_command(ask: Ask) -> list[str]:
         *("load", f"fixed:{load.prompt_tokens}/{load.output_tokens}"),
         *("--url", ask.url, "--model", ask.model, "--concurrency", str(load.concurrency)),
         *("--warm-up-s", f"{load.warm_up_s:g}", "--duration-s", f"{load.warm_up_s + load.measured_s:g}"),
-        *("--seed", str(ask.seed), "--json", str(ask.folder / _OUR_EXPORT)),
+        *("--seed", str(ask.seed), "--no-first-in-line", "--json", str(ask.folder / _OUR_EXPORT)),
     ]
 
 
@@ -163,12 +162,16 @@ def _aiperf_command(ask: Ask) -> list[str]:
         *("--endpoint-type", "completions", "--streaming", "--use-server-token-count"),
         *("--isl", str(load.prompt_tokens), "--osl", str(load.output_tokens), "--extra-inputs", "ignore_eos:true"),
         *("--num-dataset-entries", f"{num_prompts:.0f}", "--random-seed", str(ask.seed)),
-        *("--concurrency", str(load.concurrency), "--warmup-duration", f"{load.warm_up_s:g}"),
-        *("--benchmark-duration", f"{load.measured_s:g}", "--output-artifact-dir", str(ask.folder)),
+        *("--concurrency", str(load.concurrency), "--request-rate", AIPERF_RATE_PER_S, "--arrival-pattern", "constant"),
+        *("--warmup-duration", f"{load.warm_up_s:g}"),
+        *("--benchmark-duration", f"{load.measured_s:g}"),
+        *("--output-artifact-dir", str(ask.folder)),
         *("--no-server-metrics", "--no-gpu-telemetry", "--ui", "none"),
     ]
 
 
+_AIPERF_ENVIRONMENT = {"PYTHONPATH": None, "HF_HUB_OFFLINE": None, "TRANSFORMERS_OFFLINE": None}
+"""Told to be offline, it takes no tokenizer but from the hub's cache; of a folder it asks nobody."""
 _AIPERF_EXPORT = "profile_export_aiperf.json"
 
 
@@ -236,6 +239,13 @@ def _guidellm_command(ask: Ask) -> list[str]:
     ]
 
 
+_GUIDELLM_ENVIRONMENT = {
+    "PYTHONPATH": None,
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "GUIDELLM__MAX_WORKER_PROCESSES": "1",
+}
+"""It starts a process for each request in flight unless it is told otherwise."""
 _GUIDELLM_EXPORT = "guidellm.json"
 
 
@@ -314,9 +324,9 @@ def _read_guidellm(data: bytes) -> Export:
 CLIENTS = {
     client.name: client
     for client in (
-        Client(OURS, _our_command, _OUR_EXPORT, _read_ours),
-        Client(AIPERF.name, _aiperf_command, _AIPERF_EXPORT, _read_aiperf),
-        Client(GUIDELLM.name, _guidellm_command, _GUIDELLM_EXPORT, _read_guidellm),
+        Client(OURS, _our_command, _OUR_EXPORT, _read_ours, {}),
+        Client(AIPERF.name, _aiperf_command, _AIPERF_EXPORT, _read_aiperf, _AIPERF_ENVIRONMENT),
+        Client(GUIDELLM.name, _guidellm_command, _GUIDELLM_EXPORT, _read_guidellm, _GUIDELLM_ENVIRONMENT),
     )
 }
 

@@ -54,6 +54,16 @@ class ClientRun:
 
 
 @dataclass(frozen=True)
+class TurnFailure:
+    """A turn that gave no figures."""
+
+    round: int
+    client: str
+    error: str
+    log_tail: str
+
+
+@dataclass(frozen=True)
 class Spread:
     """A figure's median over the rounds, and their standard deviation as a share of it; 0 of a single round."""
 
@@ -107,12 +117,13 @@ class Agreement:
 
 @dataclass(frozen=True)
 class ClientsReport:
-    """The content of the JSON file. `complete` is false when the run was interrupted or a client failed."""
+    """The content of the JSON file. `complete` is false when the run was interrupted."""
 
     complete: bool
     plan: ClientsPlan
     setting: Setting
     runs: tuple[ClientRun, ...] = ()
+    failures: tuple[TurnFailure, ...] = ()
     figures: tuple[Figures, ...] = ()
     agreements: tuple[Agreement, ...] = ()
 
@@ -147,7 +158,14 @@ def cores_between(samples: Sequence[tuple[float, float]], begin_s: float, end_s:
     return None if begin is None or end is None or end_s <= begin_s else (end - begin) / (end_s - begin_s)
 
 
-def evaluate(plan: ClientsPlan, setting: Setting, runs: Sequence[ClientRun], *, complete: bool) -> ClientsReport:
+def evaluate(
+    plan: ClientsPlan,
+    setting: Setting,
+    runs: Sequence[ClientRun],
+    failures: Sequence[TurnFailure],
+    *,
+    complete: bool,
+) -> ClientsReport:
     by_client = {name: [run for run in runs if run.client == name] for name in plan.clients}
     figures = tuple(_figures(own) for own in by_client.values() if own)
     ours = next((one for one in figures if one.client == OURS), None)
@@ -156,7 +174,7 @@ def evaluate(plan: ClientsPlan, setting: Setting, runs: Sequence[ClientRun], *, 
         if ours is None
         else [_agreement(ours, theirs, name) for theirs in figures if theirs is not ours for name in FIGURES]
     )
-    return ClientsReport(complete, plan, setting, tuple(runs), figures, tuple(agreements))
+    return ClientsReport(complete, plan, setting, tuple(runs), tuple(failures), figures, tuple(agreements))
 
 
 def _figures(runs: Sequence[ClientRun]) -> Figures:
@@ -203,6 +221,7 @@ def _target(client: str, figure: str) -> ReportTarget[ClientsReport]:
 TARGETS = (
     *(_target(client, figure) for client in PACKAGES for figure in JUDGED),
     ReportTarget[ClientsReport]("requests that failed, of all clients", lambda report: report.num_failed, 0),
+    ReportTarget[ClientsReport]("turns that failed, of all clients", lambda report: len(report.failures), 0),
 )
 
 

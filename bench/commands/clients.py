@@ -18,6 +18,7 @@ from bench.commands.terminal import (
     make_console,
     num_missed,
     parse_names,
+    say_start_failed,
 )
 from bench.interrupts import end_at_once, interrupt_once
 from bench.packages import InstallFailed, executable
@@ -34,10 +35,10 @@ def clients(
     config: Annotated[
         Path, typer.Option(help="What is started; the clients read the tokenizer of its model.")
     ] = DEFAULT_CONFIGS[EngineKind.VLLM],
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 4,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 1,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Of each prompt.")] = 250,
     output_tokens: Annotated[int, typer.Option(min=2, help="Of each answer.")] = 64,
-    measured_s: Annotated[float | None, typer.Option(min=1.0, help="Seconds of each turn. Default: 60.")] = None,
+    measured_s: Annotated[float | None, typer.Option(min=1.0, help="Seconds of each turn. Default: 30.")] = None,
     warm_up_s: Annotated[float, typer.Option(min=1.0, help="Before them, not measured.")] = 5.0,
     rounds: Annotated[int | None, typer.Option(min=1, help="Turns of each client. Default: 4, with --quick 1.")] = None,
     seed: Annotated[
@@ -50,7 +51,7 @@ def clients(
     """Put the same load on one server by our generator and by others, and compare what they say of it."""
     console = make_console()
     from bench.load_server import ServerError, facts
-    from bench.outside import ClientFailed, ClientsExperiment
+    from bench.outside import ClientsExperiment
     from bench.outside_clients import CLIENTS, PACKAGES, Workload
     from bench.outside_report import TARGETS, ClientsPlan, conclusions, table
 
@@ -68,7 +69,7 @@ def clients(
         engine=own_kind if served is None else served.engine,
         clients=chosen,
         workload=Workload(
-            prompt_tokens, output_tokens, concurrency, warm_up_s, measured_s or (15.0 if quick else 60.0)
+            prompt_tokens, output_tokens, concurrency, warm_up_s, measured_s or (15.0 if quick else 30.0)
         ),
         rounds=rounds or (1 if quick else 4),
         seed=secrets.randbelow(SEEDS) if seed is None else seed,
@@ -89,7 +90,7 @@ def clients(
         Path(settings.model.path),
         {name: programs.get(name, [sys.executable, "-m", "bench"]) for name in chosen},
         setting,
-        console.print,
+        lambda text: console.print(escape(text), soft_wrap=True),
     )
 
     def save() -> None:
@@ -100,9 +101,9 @@ def clients(
     has_failed = False
     try:
         experiment.run(save)
-    except (StartFailed, ClientFailed) as error:
+    except StartFailed as error:
         has_failed = True
-        console.print(f"[bold red]failed:[/] {escape(str(error))}\n{escape(error.log_tail)}", soft_wrap=True)
+        say_start_failed(console, error)
     except KeyboardInterrupt:
         console.print("[yellow]interrupted; everything that was started is stopped[/]")
     save()
@@ -111,4 +112,4 @@ def clients(
     for line in conclusions(report):
         console.print(escape(line), soft_wrap=True)
     missed = num_missed(console, TARGETS, report) if check else 0
-    end(report.complete or has_failed, missed or has_failed)
+    end(report.complete or has_failed, missed or has_failed or report.failures)

@@ -65,6 +65,9 @@ def load(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Decides who arrives when, and all lengths.")] = 0,
     salt: Annotated[str | None, typer.Option(help="Decides the text; default: new, so that no cache has it.")] = None,
+    first_in_line: Annotated[
+        bool, typer.Option(help="As root, get a core before all others; not when beside clients that do not.")
+    ] = True,
     generator_check: Annotated[
         bool, typer.Option("--generator-check", help="Measure the generator alone, against a mock server.")
     ] = False,
@@ -98,6 +101,7 @@ def load(
         max_lateness_ms=max_lateness_ms,
         max_model_len=max_model_len,
         vocabulary=tokenizer or "",
+        first_in_line=first_in_line,
     )
     if plan.warm_up_s >= plan.duration_s:
         fail(f"--warm-up-s is {plan.warm_up_s:g}, not less than --duration-s, {plan.duration_s:g}: nothing is measured")

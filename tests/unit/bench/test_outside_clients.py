@@ -139,6 +139,8 @@ def test_all_are_told_the_same_workload() -> None:
     assert (ours["--seed"], aiperf["--random-seed"], guidellm["--seed"]) == ("7", "7", "kind=static,value=7")
     assert ours["--url"] == aiperf["--url"] == "http://there"
     assert guidellm["--backend"] == "kind=openai_http,target=http://there,model=m,request_format=/v1/completions"
+    assert (aiperf["--request-rate"], aiperf["--arrival-pattern"]) == ("500", "constant"), "it would spin without"
+    assert "--no-first-in-line" in ours
     assert (aiperf["--endpoint-type"], aiperf["--extra-inputs"]) == ("completions", "ignore_eos:true")
 
 
