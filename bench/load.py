@@ -10,6 +10,7 @@ import gc
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import msgspec
@@ -105,7 +106,7 @@ class LoadExperiment:
         complete = False
         try:
             with (
-                cpu.first_in_line(),
+                cpu.first_in_line() if self.plan.first_in_line else nullcontext(),
                 collected_at(*GC_THRESHOLDS),
                 asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
             ):

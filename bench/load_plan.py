@@ -78,7 +78,8 @@ class LoadPlan:
 
     `scale` is what lengths were multiplied by, `num_cut_turns` those that were left out because they, or one before
     them, are longer than `max_model_len`. Pauses are cut at `max_pause_s`. `salt` makes the text: another run with the
-    same one finds its prompts in the caches.
+    same one finds its prompts in the caches. `first_in_line`: the generator gets a core as soon as it asks for
+    one, where it may (`bench.cpu`).
     """
 
     workload: str
@@ -99,6 +100,7 @@ class LoadPlan:
     num_turns: int = 0
     num_cut_turns: int = 0
     vocabulary: str = ""
+    first_in_line: bool = True
 
     @property
     def how(self) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from bench.load_plan import LoadPlan
 from bench.trace_files import read
 from bench.traces import Trace, TraceError, cut_trace
-from bench.workloads import WORKLOADS, longest_turn_tokens, scaled, synthetic
+from bench.workloads import FIXED, WORKLOADS, fixed, fixed_lengths, longest_turn_tokens, scaled, synthetic
 
 SCALES = (1, 3 / 4, 1 / 2, 3 / 8, 1 / 4, 3 / 16, 1 / 8, 3 / 32, 1 / 16, 3 / 64, 1 / 32, 1 / 64)
 FITTING_SHARE = 0.5
@@ -60,10 +60,12 @@ def fitting_scale(whole: Trace, max_model_len: int) -> float:
 
 def sessions(plan: LoadPlan) -> Trace:
     """Of the plan's name or path, as long as it is. Raises TraceError, OSError."""
+    if (lengths := fixed_lengths(plan.workload)) is not None:
+        return fixed(*lengths)
     if plan.workload in WORKLOADS:
         return synthetic(plan.workload, plan.seed)
     if not plan.workload:
-        raise TraceError(f"give a workload: {', '.join(WORKLOADS)}, or the path of a recorded trace")
+        raise TraceError(f"give a workload: {', '.join(WORKLOADS)}, {FIXED}, or the path of a recorded trace")
     if not Path(plan.workload).exists():
         raise TraceError(f"there is no workload and no file {plan.workload}; there are {', '.join(WORKLOADS)}")
     return read(Path(plan.workload))

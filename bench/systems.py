@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import httpx
 
+from bench import packages
 from engine.ports import free_ports
 from engine.protocol import Phase
 from gateway.runtime import processes
@@ -26,15 +27,12 @@ from gateway.runtime.environment import LOOPBACK, RUN_MARKER, RunPaths, environm
 from gateway.runtime.processes import ProcessId
 from gateway.settings import Settings
 
-ROUTER_PACKAGE = "vllm-router"
-ROUTER_VERSION = "0.1.17"
-CACHE_VARIABLE = "BATON_BENCH_CACHE"
+ROUTER = packages.Package("vllm-router", "0.1.17")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 IS_DEPLOYED = "is deployed on the cluster"
 """What `bench.on_cluster` prints."""
-_INSTALL_TIMEOUT_S = 900.0
 _STOP_TIMEOUT_S = 60.0
 _READY_POLL_S = 0.5
 _PROBE_TIMEOUT_S = 2.0
@@ -462,31 +460,11 @@ def _simulated_environment(settings: Settings, folder: Path) -> dict[str, str]:
 
 
 def _router_executable() -> Path:
-    """vllm-router in a virtual environment of its own, made if it is not there yet."""
-    default = Path.home() / ".cache" / "baton" / "bench"
-    venv = Path(os.environ.get(CACHE_VARIABLE) or default) / f"{ROUTER_PACKAGE}-{ROUTER_VERSION}"
-    executable = venv / "bin" / ROUTER_PACKAGE
-    complete = venv / "complete"
-    if complete.exists():
-        return executable
-    for command in (
-        [sys.executable, "-m", "venv", "--clear", str(venv)],
-        [str(venv / "bin" / "pip"), "install", "--quiet", f"{ROUTER_PACKAGE}=={ROUTER_VERSION}"],
-    ):
-        try:
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=_INSTALL_TIMEOUT_S)
-        except subprocess.TimeoutExpired as error:
-            raise StartFailed(
-                f"installing {ROUTER_PACKAGE} took over {error.timeout:g} s; check pip's index"
-            ) from error
-        except subprocess.CalledProcessError as error:
-            raise StartFailed(
-                f"cannot install {ROUTER_PACKAGE}=={ROUTER_VERSION} into {venv}; check pip's index, or set "
-                f"{CACHE_VARIABLE} to another folder",
-                error.stderr[-2000:],
-            ) from error
-    complete.touch()
-    return executable
+    """vllm-router in a virtual environment of its own. Raises StartFailed."""
+    try:
+        return packages.executable(ROUTER)
+    except packages.InstallFailed as error:
+        raise StartFailed(str(error), error.log_tail) from error
 
 
 def _url(port: int) -> str:

@@ -1,4 +1,5 @@
-"""Owns the workloads that `bench load` makes itself: agents, chat, long prompts, long answers, a mix of them. Pure.
+"""Owns the workloads that `bench load` makes itself: agents, chat, long prompts, long answers, a mix of them,
+and requests of one length. Pure.
 
 Each is a `bench.traces.Trace`, as a recorded one is. Lengths are log-normal with the quantiles that are given; where
 they come from stands at each. The recorded ones (README, Recorded traffic) are
@@ -13,7 +14,7 @@ import random
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from bench.traces import Child, Session, Trace, Trajectory, Turn, linked
+from bench.traces import Child, Session, Trace, TraceError, Trajectory, Turn, linked
 
 BLOCK_TOKENS = 64
 NUM_TRAJECTORIES = 200
@@ -221,6 +222,21 @@ def synthetic(name: str, seed: int, num_trajectories: int = NUM_TRAJECTORIES) ->
         root, num_own = _MAKERS[kind](-1 - _SHARED_ROOM * kinds.index(kind), source)
         trajectories.append(Trajectory(f"{kind}-{number}", root, num_own))
     return Trace(name, BLOCK_TOKENS, tuple(trajectories))
+
+
+FIXED = "fixed:PROMPT/ANSWER"
+"""The form of the name that `fixed_lengths` reads."""
+
+
+def fixed_lengths(name: str) -> tuple[int, int] | None:
+    """Tokens of every prompt and answer, from a name as in fixed:250/64; None for any other name. Raises TraceError."""
+    kind, separator, text = name.partition(":")
+    if (kind, separator) != ("fixed", ":"):
+        return None
+    lengths = text.split("/")
+    if len(lengths) != 2 or not all(length.isdecimal() and int(length) > 0 for length in lengths):
+        raise TraceError(f"{name!r} is no workload; give {FIXED} in tokens as in fixed:250/64")
+    return int(lengths[0]), int(lengths[1])
 
 
 def fixed(prompt_tokens: int, output_tokens: int) -> Trace:

@@ -3,6 +3,7 @@
 import typer
 
 from bench.commands.agents import agents
+from bench.commands.clients import clients
 from bench.commands.compare import compare
 from bench.commands.decisions import decisions
 from bench.commands.faults import faults
@@ -27,6 +28,7 @@ app = typer.Typer(
 for command in (
     load,
     compare,
+    clients,
     overhead,
     streams,
     overload,

@@ -15,7 +15,7 @@ from bench.interrupts import INTERRUPTED, interrupt_once
 from bench.load_plan import DEFAULT_SLOS, SLOS, LoadPlan, ServerFacts, ServerKind, slo_of
 from bench.load_progress import LoadProgress
 from bench.results import EngineKind, gather_setting, write_json
-from bench.workloads import WORKLOADS
+from bench.workloads import FIXED, WORKLOADS
 from gateway.client import API_KEY_VARIABLE
 
 if TYPE_CHECKING:
@@ -31,7 +31,9 @@ GENERATOR_CHECK_LENGTHS = (32, 4)
 def load(
     workload: Annotated[
         str,
-        typer.Argument(help=f"{', '.join(WORKLOADS)}; or a recorded trace, a file or folder (bench/trace_files.py)."),
+        typer.Argument(
+            help=f"{', '.join(WORKLOADS)}; {FIXED}; or a recorded trace, a file or folder (bench/trace_files.py)."
+        ),
     ] = "",
     url: Annotated[str, typer.Option(help="The server, without /v1.")] = DEFAULT_URL,
     model: Annotated[str | None, typer.Option(help="Default: the one that is served.")] = None,
@@ -62,6 +64,9 @@ def load(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Decides who arrives when, and all lengths.")] = 0,
     salt: Annotated[str | None, typer.Option(help="Decides the text; default: new, so that no cache has it.")] = None,
+    first_in_line: Annotated[
+        bool, typer.Option(help="As root, get a core before all others; not when beside clients that do not.")
+    ] = True,
     generator_check: Annotated[
         bool, typer.Option("--generator-check", help="Measure the generator alone, against a mock server.")
     ] = False,
@@ -95,6 +100,7 @@ def load(
         max_lateness_ms=max_lateness_ms,
         max_model_len=max_model_len,
         vocabulary=tokenizer or "",
+        first_in_line=first_in_line,
     )
     if plan.warm_up_s >= plan.duration_s:
         fail(f"--warm-up-s is {plan.warm_up_s:g}, not less than --duration-s, {plan.duration_s:g}: nothing is measured")

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from bench import load_server
+from bench import cpu, load_server
 from bench.load import LoadExperiment, Progress
 from bench.load_plan import LoadPlan, ServerFacts, ServerKind, Slo
 from bench.load_report import End, LoadReport
@@ -201,3 +201,18 @@ def test_an_interrupted_run_reports_what_was_measured_until_then() -> None:
     assert report.figures is not None
     assert report.figures.num_answered > 0
     assert report.figures.window_s < 3600
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_the_generator_is_first_in_line_unless_it_is_told_to_wait_like_others(
+    first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[None] = []
+
+    def note() -> contextlib.AbstractContextManager[None]:
+        asked.append(None)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(cpu, "first_in_line", note)
+    run(FakeServer(answer), trace(SINGLE), replace(PLAN, duration_s=0.01, first_in_line=first))
+    assert asked == [None] * first

@@ -311,3 +311,13 @@ def test_each_load_has_text_of_its_own_unless_it_is_told_which(loads: list[LoadE
     first, second, third = (one.plan.salt for one in loads)
     assert first != second
     assert third == "same"
+
+
+def test_a_load_of_one_length_asks_for_just_that(loads: list[LoadExperiment]) -> None:
+    CliRunner().invoke(app, ["load", "fixed:250/64"])
+    (begun,) = loads
+    (turn,) = begun.trace.trajectories[0].root.turns
+    assert (turn.num_prompt_tokens, turn.num_output_tokens) == (250, 64)
+    result = CliRunner().invoke(app, ["load", "fixed:250"])
+    assert result.exit_code == 2
+    assert "as in fixed:250/64" in result.output

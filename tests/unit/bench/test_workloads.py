@@ -6,8 +6,18 @@ from collections.abc import Iterator
 
 import pytest
 
-from bench.traces import Session, Trace, Trajectory, Turn, cut_trace, linked
-from bench.workloads import MIX, WORKLOADS, Agents, Spread, fixed, longest_turn_tokens, scaled, synthetic
+from bench.traces import Session, Trace, TraceError, Trajectory, Turn, cut_trace, linked
+from bench.workloads import (
+    MIX,
+    WORKLOADS,
+    Agents,
+    Spread,
+    fixed,
+    fixed_lengths,
+    longest_turn_tokens,
+    scaled,
+    synthetic,
+)
 
 
 def sessions(trace: Trace) -> Iterator[Session]:
@@ -105,3 +115,11 @@ def test_what_is_scaled_to_the_context_is_not_cut() -> None:
 def test_fixed_requests_have_the_lengths_that_were_asked_for() -> None:
     (turn,) = turns(fixed(70, 4))
     assert (turn.num_prompt_tokens, turn.num_output_tokens, len(turn.block_ids)) == (70, 4, 2)
+
+
+def test_a_name_gives_the_lengths_of_fixed_requests() -> None:
+    assert fixed_lengths("fixed:250/64") == (250, 64)
+    assert fixed_lengths("fixed") is fixed_lengths("traces/fixed:1/2") is None
+    for name in ("fixed:", "fixed:250", "fixed:250/0", "fixed:250/-4", "fixed:1/2/3"):
+        with pytest.raises(TraceError, match=r"as in fixed:250/64"):
+            fixed_lengths(name)
