@@ -24,7 +24,7 @@ class Question(msgspec.Struct, frozen=True):
     every system read the same prompt."""
 
     model: str
-    prompt: list[int]
+    prompt: list[int] | str
     max_tokens: int
     temperature: float = 0.0
     ignore_eos: bool = True

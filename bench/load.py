@@ -85,6 +85,8 @@ class LoadExperiment:
     """Prometheus pages that tell of the server's engines, by the pool they are of; none: its own `/metrics`."""
     processes: Sequence[ProcessId] | None = None
     """The server's; None looks for them by its port."""
+    write: Callable[[list[int]], str] | None = None
+    """Prompts are sent as this text, which the server must read as the same tokens again; None: as token ids."""
     _seen: list[tuple[float, str, bytes]] = field(default_factory=list[tuple[float, str, bytes]])
     _turns: list[AskedTurn] = field(default_factory=list[AskedTurn])
     _sessions: list[AskedSession] = field(default_factory=list[AskedSession])
@@ -227,7 +229,8 @@ class LoadExperiment:
     async def _turn(self, text: SessionText, index: int, name: str, parent: str | None, due_s: float) -> AskedTurn:
         plan = self.plan
         prompt, max_tokens = text.prompt(index), text.session.turns[index].num_output_tokens
-        body = msgspec.json.encode(LoadQuestion(self.server.model, prompt, max_tokens))
+        sent = prompt if self.write is None else self.write(prompt)
+        body = msgspec.json.encode(LoadQuestion(self.server.model, sent, max_tokens))
         headers = {SESSION_HEADER: name} if parent is None else {SESSION_HEADER: name, PARENT_HEADER: parent}
         await self._until(due_s)
         self._in_flight += 1

@@ -100,6 +100,7 @@ class LoadPlan:
     num_turns: int = 0
     num_cut_turns: int = 0
     vocabulary: str = ""
+    as_text: bool = False
     first_in_line: bool = True
 
     @property

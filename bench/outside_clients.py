@@ -95,6 +95,8 @@ def _our_command(ask: Ask) -> list[str]:
         *("load", f"fixed:{load.prompt_tokens}/{load.output_tokens}"),
         *("--url", ask.url, "--model", ask.model, "--concurrency", str(load.concurrency)),
         *("--warm-up-s", f"{load.warm_up_s:g}", "--duration-s", f"{load.warm_up_s + load.measured_s:g}"),
+        # As the others: text, which the server has to read into tokens first.
+        *("--text", "--tokenizer", str(ask.tokenizer)),
         *("--seed", str(ask.seed), "--no-first-in-line", "--json", str(ask.folder / _OUR_EXPORT)),
     ]
 

@@ -62,6 +62,9 @@ def load(
     tokenizer: Annotated[
         str | None, typer.Option(help="Folder or Hugging Face id: prompts of all its plain tokens.")
     ] = None,
+    as_text: Annotated[
+        bool, typer.Option("--text", help=f"Send words of --tokenizer in place of token ids; with {FIXED} only.")
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Decides who arrives when, and all lengths.")] = 0,
     salt: Annotated[str | None, typer.Option(help="Decides the text; default: new, so that no cache has it.")] = None,
     first_in_line: Annotated[
@@ -100,8 +103,12 @@ def load(
         max_lateness_ms=max_lateness_ms,
         max_model_len=max_model_len,
         vocabulary=tokenizer or "",
+        as_text=as_text,
         first_in_line=first_in_line,
     )
+    if as_text and not (tokenizer and workload.startswith(FIXED.partition(":")[0])):
+        # A prompt with an answer in it need not be read as it was written.
+        fail(f"--text needs --tokenizer, and a workload of one turn, {FIXED}")
     if plan.warm_up_s >= plan.duration_s:
         fail(f"--warm-up-s is {plan.warm_up_s:g}, not less than --duration-s, {plan.duration_s:g}: nothing is measured")
     interrupt_once()
@@ -147,10 +154,16 @@ def _run(console: Console, plan: LoadPlan, trace: "Trace", server: ServerFacts, 
     from bench.load import LoadExperiment
     from bench.load_text import PLAIN_TOKENS
     from bench.streams import raise_open_files
+    from bench.words import read_words
     from engine.vocabulary import plain_tokens
 
+    words = None
     try:
-        vocabulary = plain_tokens(plan.vocabulary) if plan.vocabulary else PLAIN_TOKENS
+        if plan.as_text:
+            words = read_words(plan.vocabulary)
+            vocabulary = words.token_ids
+        else:
+            vocabulary = plain_tokens(plan.vocabulary) if plan.vocabulary else PLAIN_TOKENS
     except ValueError as error:
         fail(f"--tokenizer: {error}")
     raise_open_files(0)
@@ -159,7 +172,14 @@ def _run(console: Console, plan: LoadPlan, trace: "Trace", server: ServerFacts, 
     console.print(f"{plan.workload}, {plan.how}, {plan.duration_s:g} s at {server.url}", soft_wrap=True)
     with LoadProgress(console) as progress:
         report = LoadExperiment(
-            plan, trace, vocabulary, server, api_key, gather_setting(), lambda reached: progress(plan, reached)
+            plan,
+            trace,
+            vocabulary,
+            server,
+            api_key,
+            gather_setting(),
+            lambda reached: progress(plan, reached),
+            write=words and words.text,
         ).run()
     if not report.complete:
         console.print("[yellow]interrupted; what was measured until then is reported[/]")

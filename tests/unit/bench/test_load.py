@@ -191,6 +191,16 @@ def test_what_the_servers_pages_tell_of_its_pools_is_kept() -> None:
     assert (first.pool, first.num_running, first.num_waiting, first.kv_use) == ("engines", 3.0, 1.0, 0.5)
 
 
+def test_prompts_are_sent_as_text_where_that_is_asked_for() -> None:
+    server = FakeServer(answer)
+    with server.serving_in_a_thread():
+        facts = ServerFacts(server.url, "m", ServerKind.OTHER, EngineKind.SIMULATED)
+        LoadExperiment(
+            PLAN, trace(SINGLE), range(300, 900), facts, "key", SETTING, lambda _: None, write=lambda ids: f"{len(ids)}"
+        ).run()
+    assert {body["prompt"] for body in server.bodies} == {"6"}
+
+
 def test_an_interrupted_run_reports_what_was_measured_until_then() -> None:
     def interrupt(reached: Progress) -> None:
         assert reached.num_turns > 0

@@ -141,6 +141,7 @@ def test_all_are_told_the_same_workload() -> None:
     assert guidellm["--backend"] == "kind=openai_http,target=http://there,model=m,request_format=/v1/completions"
     assert (aiperf["--request-rate"], aiperf["--arrival-pattern"]) == ("500", "constant"), "it would spin without"
     assert "--no-first-in-line" in ours
+    assert "--text" in ours, "as the others"
     assert (aiperf["--endpoint-type"], aiperf["--extra-inputs"]) == ("completions", "ignore_eos:true")
 
 
