@@ -6,16 +6,20 @@ the signal that ends other systems of a comparison ends this one as well.
 
 import signal
 import sys
+import time
 from types import FrameType
 
 import ray
 from ray import serve
+from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
 from bench.systems import IS_DEPLOYED
 from gateway.app import from_config
 from gateway.settings import load
 
 APP_NAME = "baton"
+GONE_WITHIN_S = 45.0
+POLL_S = 0.2
 
 
 def _leave(_number: int, _frame: FrameType | None) -> None:
@@ -35,6 +39,21 @@ def main(config: str) -> None:
             signal.pause()
     finally:
         serve.shutdown()
+        _wait_until_gone()
+
+
+def _wait_until_gone() -> None:
+    """Serve's controller ends after the call that ends it; who deploys meanwhile finds one that dies."""
+    deadline = time.monotonic() + GONE_WITHIN_S
+    while time.monotonic() < deadline:
+        try:
+            ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+        except ValueError:
+            return
+        time.sleep(POLL_S)
+    raise TimeoutError(
+        f"Serve's controller is still there after {GONE_WITHIN_S:g} s; `serve status` tells what it does"
+    )
 
 
 if __name__ == "__main__":
