@@ -33,6 +33,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 IS_DEPLOYED = "is deployed on the cluster"
 """What `bench.on_cluster` prints."""
+PEER_CONNECTOR = "bench.peer_nixl"
 _STOP_TIMEOUT_S = 60.0
 _READY_POLL_S = 0.5
 _PROBE_TIMEOUT_S = 2.0
@@ -396,6 +397,9 @@ def _vllm_server(
         (place,) = on
         config = dataclasses.replace(spec, phase=phase).engine_config("bench", place.cores, LOOPBACK)
         arguments = {name: value for name, value in _given(engine_arguments(config)).items() if name not in _REPORTING}
+        if (handoff := arguments.get("kv_transfer_config")) is not None:
+            plain = handoff if isinstance(handoff, dict) else dataclasses.asdict(handoff)
+            arguments["kv_transfer_config"] = plain | {"kv_connector_module_path": PEER_CONNECTOR}
         engine_env = engine_environment(config, side_channel_port)
     else:
         arguments = {"model": spec.model} | spec.engine_args

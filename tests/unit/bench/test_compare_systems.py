@@ -1,5 +1,6 @@
 """That every system of a comparison gets the same cores or GPUs, taken from one configuration."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,9 @@ def test_the_router_has_a_server_in_each_place_and_their_pages(tmp_path: Path, m
     engines, (router_command,) = recipe.stages
     assert [engine.env["CUDA_VISIBLE_DEVICES"] for engine in engines] == ["0", "1"]
     assert set(recipe.pages) == {"prefill", "decode"}
+    for engine in engines:
+        handoff = json.loads(engine.argv[engine.argv.index("--kv-transfer-config") + 1])
+        assert handoff["kv_connector_module_path"] == "bench.peer_nixl", "Baton's own reads anew what tells no lease"
     assert router_command.argv.count("--prefill") == router_command.argv.count("--decode") == 1
 
 
