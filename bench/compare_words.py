@@ -58,7 +58,7 @@ def _verdict(report: CompareReport, system: str, found: Difference) -> str:
         return f"{system} against {report.baseline} in one round, which may be chance"
     if not found.is_clear:
         words = f"No difference between {system} and {report.baseline} beyond chance"
-        return f"{words}, so splitting neither pays nor costs" if is_question else words
+        return f"{words}: these runs do not tell whether splitting pays" if is_question else words
     if found.ratio > 1:
         return "Splitting pays here" if is_question else f"{system} is ahead of {report.baseline} in every round"
     return "Splitting does not pay here" if is_question else f"{system} is behind {report.baseline} in every round"

@@ -81,7 +81,7 @@ def test_few_turns_are_chance_and_many_are_not() -> None:
         ((6, 8), "Splitting does not pay here (0.70 times, 140 turns against 200) by own"),
         (
             (12, 9),
-            "No difference between split and aggregated beyond chance, so splitting neither pays nor costs",
+            "No difference between split and aggregated beyond chance: these runs do not tell whether splitting pays",
         ),
     ],
 )
