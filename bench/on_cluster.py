@@ -31,6 +31,7 @@ def main(config: str) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _leave)
     ray.init(settings.runtime.ray_address, namespace="serve", log_to_driver=False, configure_logging=False)
+    _wait_until_gone()
     try:
         serve.start(http_options={"port": settings.gateway.port})
         serve.run(from_config({"config": config}), name=APP_NAME)
@@ -43,7 +44,7 @@ def main(config: str) -> None:
 
 
 def _wait_until_gone() -> None:
-    """Serve's controller ends after the call that ends it; who deploys meanwhile finds one that dies."""
+    """Serve's controller may end after the call that ends it; who deploys meanwhile finds one that dies."""
     deadline = time.monotonic() + GONE_WITHIN_S
     while time.monotonic() < deadline:
         try:
@@ -52,7 +53,7 @@ def _wait_until_gone() -> None:
             return
         time.sleep(POLL_S)
     raise TimeoutError(
-        f"Serve's controller is still there after {GONE_WITHIN_S:g} s; `serve status` tells what it does"
+        f"Serve still runs on this cluster after {GONE_WITHIN_S:g} s; see `serve status`, end it with `serve shutdown`"
     )
 
 
