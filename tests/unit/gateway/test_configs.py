@@ -10,8 +10,9 @@ from gateway.settings import NO_KEY, Settings, load
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 NAMES = sorted(path.name for path in CONFIGS.glob("*.yaml"))
-CPU_NAMES = [name for name in NAMES if name not in ("gpu.yaml", "gpu-8x.yaml", "simulated.yaml")]
 GPU_NAMES = ["gpu.yaml", "gpu-8x.yaml"]
+GPU_NODE = "gpu-node.yaml"
+CPU_NAMES = [name for name in NAMES if name not in (*GPU_NAMES, GPU_NODE, "simulated.yaml")]
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +26,7 @@ def config(name: str) -> Settings:
 
 
 def test_the_configurations_that_ship_are_known_here() -> None:
-    assert sorted(["simulated.yaml", *GPU_NAMES, *CPU_NAMES]) == NAMES
+    assert sorted(["simulated.yaml", GPU_NODE, *GPU_NAMES, *CPU_NAMES]) == NAMES
     assert CPU_NAMES == ["aggregated.yaml", "faults.yaml", "local-2p2d.yaml", "local.yaml"]
 
 
@@ -110,6 +111,16 @@ def test_gpu_pools_read_and_write_on_node_groups_with_different_accelerators(nam
     assert prefill.engine.max_num_seqs < decode.engine.max_num_seqs
     assert settings.runtime.ray_address == "auto"
     assert settings.model.dtype == "bfloat16"
+
+
+def test_a_gpu_node_has_two_gpus_for_both_pools_and_stays_on_loopback() -> None:
+    settings = config(GPU_NODE)
+    prefill, decode = settings.pools.prefill, settings.pools.decode
+    assert [(pool.replicas, pool.gpus_per_replica, pool.device) for pool in (prefill, decode)] == [(1, 1, "cuda")] * 2
+    assert prefill.engine.attention_backend == decode.engine.attention_backend == "FLASH_ATTN"
+    assert prefill.engine.max_num_batched_tokens > decode.engine.max_num_batched_tokens
+    assert settings.runtime.ray_address is None
+    assert settings.gateway.host == "127.0.0.1"
 
 
 def test_gpu_has_engines_of_one_gpu_and_gpu_8x_one_engine_over_eight() -> None:
