@@ -27,30 +27,26 @@ def with_model(config: Config, path: str) -> Config:
 
 
 def with_random_weights(config: Config) -> Config:
-    return _in_each_pool(config, lambda pool: _with_arguments(pool, RANDOM_WEIGHTS))
+    return _in_each_pool(config, lambda _name, pool: _with_arguments(pool, RANDOM_WEIGHTS))
 
 
 def on_one_gpu(config: Config) -> Config:
     """One prefill and one decode engine that share it."""
     memory = {"gpu_memory_utilization": SHARED_GPU_MEMORY}
-    return _in_each_pool(config, lambda pool: _with_arguments(pool, memory) | {"num_gpus": SHARED_GPUS})
+    return _in_each_pool(config, lambda _name, pool: _with_arguments(pool, memory) | {"num_gpus": SHARED_GPUS})
 
 
 def on_groups(config: Config, key_digest: str) -> Config:
     """On the Ray cluster that this machine is in, each pool on the nodes with its label. Who asks has the key of this
     digest."""
-    pools = {
-        name: pool | {"label_selector": {POOL_LABEL: name}}
-        for name, pool in config["pools"].items()
-        if isinstance(pool, dict)
-    }
+    labelled = _in_each_pool(config, lambda name, pool: pool | {"label_selector": {POOL_LABEL: name}})
     tenant = {"name": TENANT, "operator": True, "api_key_sha256": [key_digest]}
     runtime = config.get("runtime", {}) | {"ray_address": "auto"}
-    return config | {"pools": config["pools"] | pools, "tenants": [tenant], "runtime": runtime}
+    return labelled | {"tenants": [tenant], "runtime": runtime}
 
 
-def _in_each_pool(config: Config, change: Callable[[Config], Config]) -> Config:
-    pools = {name: change(pool) for name, pool in config["pools"].items() if isinstance(pool, dict)}
+def _in_each_pool(config: Config, change: Callable[[str, Config], Config]) -> Config:
+    pools = {name: change(name, pool) for name, pool in config["pools"].items() if isinstance(pool, dict)}
     return config | {"pools": config["pools"] | pools}
 
 
