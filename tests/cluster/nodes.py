@@ -169,12 +169,17 @@ class Nodes:
 
     def kill(self, name: str) -> None:
         """The machine of a node loses its power: all its processes end at once, the raylet first."""
-        found = self.processes_of(name)
-        found.sort(key=lambda process: _name(process.pid) != "raylet")
-        for process in found:
-            with suppress(ProcessLookupError):
-                os.kill(process.pid, signal.SIGKILL)
-        wait_until(lambda: not self.processes_of(name), f"the end of {name}", STOP_S)
+
+        def has_ended() -> bool:
+            """Asked until it is so: a process may have been started while the others were looked up."""
+            found = self.processes_of(name)
+            found.sort(key=lambda process: _name(process.pid) != "raylet")
+            for process in found:
+                with suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGKILL)
+            return not found
+
+        wait_until(has_ended, f"the end of {name}", STOP_S)
         self._commands.pop(name).wait()
         shutil.rmtree(self.paths.ray / name)
 
