@@ -6,18 +6,9 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from bench.commands.terminal import (
-    end,
-    fail,
-    heal,
-    make_console,
-    num_missed,
-    parse_names,
-    say_start_failed,
-)
-from bench.interrupts import interrupt_once
+from bench.commands.terminal import attempt, end, fail, heal, make_console, num_missed, parse_names
 from bench.results import gather_setting, write_json
-from bench.systems import StartFailed, make_system
+from bench.systems import make_system
 from gateway.settings import ConfigError, load
 
 AGENTS_CONFIG = Path("configs/local-2p2d.yaml")
@@ -63,19 +54,12 @@ def agents(
         if json_file is not None:
             write_json(experiment.report, json_file)
 
-    interrupt_once()
-    start_failed = False
-    try:
+    with attempt(console, TimeoutError, RuntimeError, GatewayError, OrderFailed) as made:
         experiment.run(save)
-    except (StartFailed, TimeoutError, RuntimeError, GatewayError, OrderFailed) as error:
-        start_failed = True
-        say_start_failed(console, error)
-    except KeyboardInterrupt:
-        console.print("[yellow]interrupted; everything that was started is stopped[/]")
     save()
     report = experiment.report
     console.print(table(report), *ratio_lines(report), sep="\n")
     for error in report.errors:
         console.print(f"[red]failed:[/] {escape(error)}", soft_wrap=True)
     missed = num_missed(console, AGENTS_TARGETS, report) if check else 0
-    end(report.complete or start_failed, missed or start_failed)
+    end(report.complete or made.has_failed, missed or made.has_failed)

@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from bench.commands.terminal import (
     DEFAULT_CONFIGS,
+    attempt,
     check_names,
     end,
     fail,
@@ -18,12 +19,11 @@ from bench.commands.terminal import (
     make_console,
     num_missed,
     parse_names,
-    say_start_failed,
 )
-from bench.interrupts import end_at_once, interrupt_once
+from bench.interrupts import end_at_once
 from bench.packages import InstallFailed, executable
 from bench.results import EngineKind, gather_setting, write_json
-from bench.systems import StartFailed, make_system
+from bench.systems import make_system
 from gateway.settings import ConfigError, load
 
 SEEDS = 2**31
@@ -97,19 +97,12 @@ def clients(
         if json_file is not None:
             write_json(experiment.report, json_file)
 
-    interrupt_once()
-    has_failed = False
-    try:
+    with attempt(console) as made:
         experiment.run(save)
-    except StartFailed as error:
-        has_failed = True
-        say_start_failed(console, error)
-    except KeyboardInterrupt:
-        console.print("[yellow]interrupted; everything that was started is stopped[/]")
     save()
     report = experiment.report
     console.print(table(report))
     for line in conclusions(report):
         console.print(escape(line), soft_wrap=True)
     missed = num_missed(console, TARGETS, report) if check else 0
-    end(report.complete or has_failed, missed or has_failed or report.failures)
+    end(report.complete or made.has_failed, missed or made.has_failed or report.failures)

@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from bench.commands.terminal import (
     DEFAULT_CONFIGS,
+    attempt,
     drawing,
     end,
     fail,
@@ -23,7 +24,6 @@ from bench.commands.terminal import (
     parse_reals,
 )
 from bench.compare_plan import AFTER_IT, IS_WHAT, WAKE_S, ComparePlan, Contestant, SystemKind, parse_contestants, plan
-from bench.interrupts import interrupt_once
 from bench.load_plan import DEFAULT_SLOS, SLOS, LoadPlan, slo_of
 from bench.load_progress import LoadProgress
 from bench.results import EngineKind, gather_setting, write_json
@@ -149,7 +149,6 @@ def compare(
         fail("--rates and --shares must be above 0")
     heal(console)
     raise_open_files(0)
-    has_failed = False
     with tempfile.TemporaryDirectory(prefix="baton-bench-") as folder, LoadProgress(console) as progress:
         try:
             made = {one.name: make(one, settings, config, Path(folder)) for one in contestants}
@@ -169,14 +168,8 @@ def compare(
             if json_file is not None:
                 write_json(experiment.report, json_file)
 
-        interrupt_once()
-        try:
+        with attempt(console, CompareFailed) as made:
             experiment.run(save)
-        except CompareFailed as error:
-            has_failed = True
-            console.print(f"[bold red]failed:[/] {escape(str(error))}", soft_wrap=True)
-        except KeyboardInterrupt:
-            console.print("[yellow]interrupted; everything that was started is stopped[/]")
         save()
     report = experiment.report
     for failure in report.start_failures:
@@ -188,7 +181,7 @@ def compare(
         draw(report, html_file)
         console.print(f"report: {escape(str(html_file))}", soft_wrap=True)
     missed = num_missed(console, targets(report.plan, is_quick=quick), report) if check else 0
-    end(report.complete or has_failed, missed or has_failed or report.start_failures)
+    end(report.complete or made.has_failed, missed or made.has_failed or report.start_failures)
 
 
 def _context(contestants: Sequence[Contestant], settings: Settings, model: str | None, api_key: str | None) -> int:

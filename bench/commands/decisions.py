@@ -6,8 +6,7 @@ from typing import Annotated
 
 import typer
 
-from bench.commands.terminal import drawing, end, fail, make_console, num_missed, parse_names
-from bench.interrupts import interrupt_once
+from bench.commands.terminal import attempt, drawing, end, fail, make_console, num_missed, parse_names
 from bench.results import gather_setting, write_json
 
 
@@ -32,8 +31,7 @@ def decisions(
         plan = replace(plan, requests=(500, 2_000), replicas=(2, 256), decisions=300)
     draw = drawing(plot, "decisions_plot")
     report = DecisionsReport(False, plan, gather_setting())
-    interrupt_once()
-    try:
+    with attempt(console, kept="what is measured is kept"):
         for policy in plan.policies:
             for replicas in plan.replicas:
                 console.print(f"decisions of {policy}, {replicas} replicas ...")
@@ -48,8 +46,6 @@ def decisions(
             load_ = experiment.load(plan, replicas, plan.requests[0], plan.policy, plan.seed)
             report = replace(report, by_replicas=(*report.by_replicas, load_))
         report = replace(report, complete=True)
-    except KeyboardInterrupt:
-        console.print("[yellow]interrupted; what is measured is kept[/]")
     if json_file is not None:
         write_json(report, json_file)
     if draw is not None and plot is not None:

@@ -5,18 +5,8 @@ from typing import Annotated
 
 import typer
 
-from bench.commands.terminal import (
-    FAULTS_CONFIG,
-    end,
-    fail,
-    heal,
-    make_console,
-    parse_names,
-    say_start_failed,
-)
-from bench.interrupts import interrupt_once
+from bench.commands.terminal import FAULTS_CONFIG, attempt, end, fail, heal, make_console, parse_names
 from bench.results import gather_setting, write_json
-from bench.systems import StartFailed
 from gateway.settings import ConfigError, load
 
 
@@ -55,17 +45,10 @@ def faults(
     heal(console)
     setting = gather_setting()
     experiment = FaultsExperiment(config, settings, results, planned, again, setting.git_commit, console.print)
-    interrupt_once()
     complete = False
-    start_failed = False
-    try:
+    with attempt(console, TimeoutError, RuntimeError) as made:
         asyncio.run(experiment.run())
         complete = True
-    except (StartFailed, TimeoutError, RuntimeError) as error:
-        start_failed = True
-        say_start_failed(console, error)
-    except KeyboardInterrupt:
-        console.print("[yellow]interrupted; everything that was started is stopped, and what is done is kept[/]")
     done = tuple(experiment.results[case.name] for case in planned if case.name in experiment.results)
     report = FaultsReport(
         complete, str(config), experiment.cold_start_s, tuple(case.name for case in planned), done, setting
@@ -78,6 +61,4 @@ def faults(
         for line in checks(report, all_cases(), is_quick=quick or bool(cases)):
             console.print(line.line(), soft_wrap=True)
             missed += not line.is_met
-    if start_failed:
-        raise typer.Exit(1)
-    end(complete, missed)
+    end(complete or made.has_failed, missed or made.has_failed)

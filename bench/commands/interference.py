@@ -9,6 +9,7 @@ from rich.markup import escape
 
 from bench.commands.terminal import (
     DEFAULT_CONFIGS,
+    attempt,
     end,
     fail,
     heal,
@@ -16,11 +17,9 @@ from bench.commands.terminal import (
     num_missed,
     parse_numbers,
     parse_reals,
-    say_start_failed,
 )
-from bench.interrupts import interrupt_once
 from bench.results import EngineKind, gather_setting, write_json
-from bench.systems import StartFailed, check_comparable
+from bench.systems import check_comparable
 from gateway.settings import ConfigError, load
 
 
@@ -68,7 +67,6 @@ def interference(
         seed=seed,
     )
     heal(console)
-    has_failed = False
     with tempfile.TemporaryDirectory(prefix="baton-bench-") as folder:
         try:
             systems = make_systems(plan, settings, Path(folder))
@@ -80,17 +78,8 @@ def interference(
             if json_file is not None:
                 write_json(experiment.report, json_file)
 
-        interrupt_once()
-        try:
+        with attempt(console, ValueError) as made:
             experiment.run(save)
-        except StartFailed as error:
-            has_failed = True
-            say_start_failed(console, error)
-        except ValueError as error:
-            has_failed = True
-            console.print(f"[bold red]failed:[/] {escape(str(error))}", soft_wrap=True)
-        except KeyboardInterrupt:
-            console.print("[yellow]interrupted; everything that was started is stopped[/]")
         save()
     report = experiment.report
     console.print(table(report))
@@ -100,4 +89,4 @@ def interference(
         for error in one.errors:
             console.print(f"[red]{one.system}, {one.rate_per_s:g} prompts/s:[/] {escape(error)}", soft_wrap=True)
     missed = num_missed(console, TARGETS, report) if check else 0
-    end(report.complete or has_failed, missed or has_failed)
+    end(report.complete or made.has_failed, missed or made.has_failed)

@@ -8,6 +8,7 @@ import typer
 
 from bench.commands.terminal import (
     DEFAULT_CONFIGS,
+    attempt,
     drawing,
     end,
     fail,
@@ -16,7 +17,6 @@ from bench.commands.terminal import (
     parse_names,
     parse_numbers,
 )
-from bench.interrupts import interrupt_once
 from bench.results import (
     EmitterCost,
     EngineKind,
@@ -149,13 +149,10 @@ def overhead(
     emitters = _emitters(settings, plan, prompts) if simulated else {}
     ledger.emitters = tuple(EmitterCost(cell, cpu_s * 1000) for cell, cpu_s in emitters.items())
     experiment = Experiment(ledger, chosen, settings.model_name, prompts, console, save, emitters)
-    interrupt_once()
-    try:
+    complete = False
+    with attempt(console):
         experiment.run()
         complete = True
-    except KeyboardInterrupt:
-        console.print("[yellow]interrupted; everything that was started is stopped[/]")
-        complete = False
     save(complete)
     report = ledger.report(complete)
     console.print(latency_table(report), cpu_table(report), sep="\n\n")

@@ -7,18 +7,9 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from bench.commands.terminal import (
-    DEFAULT_CONFIGS,
-    end,
-    fail,
-    heal,
-    make_console,
-    num_missed,
-    say_start_failed,
-)
-from bench.interrupts import interrupt_once
+from bench.commands.terminal import DEFAULT_CONFIGS, attempt, end, fail, heal, make_console, num_missed
 from bench.results import EngineKind, gather_setting, write_json
-from bench.systems import StartFailed, make_system
+from bench.systems import make_system
 from gateway.settings import ConfigError, load
 
 
@@ -58,9 +49,7 @@ def overload(
         seed=seed,
     )
     report = OverloadReport(False, plan, gather_setting())
-    interrupt_once()
-    start_failed = False
-    try:
+    with attempt(console) as made:
         if engine is EngineKind.SIMULATED:
             from bench.overload import SCENARIOS, Overload
 
@@ -78,11 +67,6 @@ def overload(
             heal(console)
             report = replace(report, live=LiveOverload(plan, settings.model_name, system, console.print).run())
         report = replace(report, complete=True)
-    except StartFailed as error:
-        start_failed = True
-        say_start_failed(console, error)
-    except KeyboardInterrupt:
-        console.print("[yellow]interrupted; everything that was started is stopped[/]")
     if json_file is not None:
         write_json(report, json_file)
     if report.scenarios or report.live:
@@ -90,4 +74,4 @@ def overload(
     for error in report.live.errors if report.live else ():
         console.print(f"[red]failed:[/] {escape(error)}", soft_wrap=True)
     missed = num_missed(console, targets(engine), report) if check else 0
-    end(report.complete or start_failed, missed or start_failed)
+    end(report.complete or made.has_failed, missed or made.has_failed)

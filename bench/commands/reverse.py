@@ -4,10 +4,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
-from bench.commands.terminal import DEFAULT_CONFIGS, end, fail, make_console
-from bench.interrupts import interrupt_once
+from bench.commands.terminal import DEFAULT_CONFIGS, attempt, end, fail, make_console
 from bench.results import EngineKind, gather_setting, write_json
 from gateway.settings import ConfigError, load
 
@@ -37,18 +35,12 @@ def reverse(
         fail(f"{config} must have real engines in both pools; use {DEFAULT_CONFIGS[EngineKind.VLLM]}")
     plan = ReversePlan(str(config), QUICK_CELLS if quick else FULL_CELLS, rounds or (2 if quick else 5), seed)
     experiment = ReverseExperiment(plan, settings, console.print)
-    interrupt_once()
-    complete = failed = False
-    try:
+    complete = False
+    with attempt(console, TimeoutError, RuntimeError, EngineGoneError) as made:
         asyncio.run(experiment.run())
         complete = True
-    except (TimeoutError, RuntimeError, EngineGoneError) as error:
-        failed = True
-        console.print(f"[bold red]failed:[/] {escape(repr(error))}", soft_wrap=True)
-    except KeyboardInterrupt:
-        console.print("[yellow]interrupted; the engines are stopped, and what is done is kept[/]")
     report = make_report(plan, gather_setting(), experiment.trials, complete)
     if json_file is not None:
         write_json(report, json_file)
     console.print(table(report))
-    end(complete or failed, failed or any(one.differing for one in report.medians))
+    end(complete or made.has_failed, made.has_failed or any(one.differing for one in report.medians))

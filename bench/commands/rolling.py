@@ -6,18 +6,8 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from bench.commands.terminal import (
-    FAULTS_CONFIG,
-    end,
-    fail,
-    heal,
-    make_console,
-    num_missed,
-    say_start_failed,
-)
-from bench.interrupts import interrupt_once
+from bench.commands.terminal import FAULTS_CONFIG, attempt, end, fail, heal, make_console, num_missed
 from bench.results import gather_setting, write_json
-from bench.systems import StartFailed
 from gateway.settings import ConfigError, load
 
 
@@ -50,15 +40,8 @@ def rolling(
     plan = RollingPlan(str(config), clients or (2 if quick else 4), 5.0 if quick else 15.0, seed, other_format)
     heal(console)
     experiment = RollingUpdate(plan, config, settings, gather_setting(), console.print)
-    interrupt_once()
-    start_failed = False
-    try:
+    with attempt(console, TimeoutError, RuntimeError) as made:
         asyncio.run(experiment.run(logs))
-    except (StartFailed, TimeoutError, RuntimeError) as error:
-        start_failed = True
-        say_start_failed(console, error)
-    except KeyboardInterrupt:
-        console.print("[yellow]interrupted; everything that was started is stopped[/]")
     report = experiment.report
     if json_file is not None:
         write_json(report, json_file)
@@ -66,4 +49,4 @@ def rolling(
     for trouble in report.troubles:
         console.print(f"[red]{escape(str(trouble))}[/]", soft_wrap=True)
     missed = num_missed(console, targets(plan, num_replicas(settings)), report) if check else 0
-    end(report.complete or start_failed, missed or start_failed)
+    end(report.complete or made.has_failed, missed or made.has_failed)

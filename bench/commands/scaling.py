@@ -8,6 +8,7 @@ import typer
 from rich.markup import escape
 
 from bench.commands.terminal import (
+    attempt,
     check_names,
     drawing,
     end,
@@ -18,7 +19,6 @@ from bench.commands.terminal import (
     parse_reals,
     parse_shapes,
 )
-from bench.interrupts import interrupt_once
 from bench.results import gather_setting, write_json
 
 
@@ -89,11 +89,8 @@ def scaling(
         )
     except (TraceError, OSError) as error:
         fail(str(error))
-    interrupt_once()
-    try:
+    with attempt(console, kept="the runs that had not ended are left out"):
         experiment.run()
-    except KeyboardInterrupt:
-        console.print("[yellow]interrupted; the runs that had not ended are left out[/]")
     report = experiment.report
     for table in day_tables(report):
         console.print(table)

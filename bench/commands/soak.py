@@ -6,8 +6,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from bench.commands.terminal import end, make_console, num_missed
-from bench.interrupts import interrupt_once
+from bench.commands.terminal import attempt, end, make_console, num_missed
 from bench.results import gather_setting, write_json
 
 
@@ -42,13 +41,10 @@ def soak(
             so_far = evaluate(plan, setting, results, time.monotonic() - began_s, complete=False)
             write_json(so_far, json_file)
 
-    interrupt_once()
     complete = False
-    try:
+    with attempt(console, kept="the worlds that had not ended are left out"):
         run(plan, took)
         complete = True
-    except KeyboardInterrupt:
-        console.print("[yellow]interrupted; the worlds that had not ended are left out[/]")
     report = evaluate(plan, setting, results, time.monotonic() - began_s, complete=complete)
     if json_file is not None:
         write_json(report, json_file)

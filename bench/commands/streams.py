@@ -5,18 +5,9 @@ from typing import Annotated
 
 import typer
 
-from bench.commands.terminal import (
-    DEFAULT_CONFIGS,
-    end,
-    fail,
-    heal,
-    make_console,
-    num_missed,
-    say_start_failed,
-)
-from bench.interrupts import interrupt_once
+from bench.commands.terminal import DEFAULT_CONFIGS, attempt, end, fail, heal, make_console, num_missed
 from bench.results import EngineKind, gather_setting, write_json
-from bench.systems import StartFailed, make_system
+from bench.systems import make_system
 from gateway.settings import ConfigError
 
 
@@ -63,10 +54,8 @@ def streams(
     except (ConfigError, ValueError) as error:
         fail(str(error))
     heal(console)
-    interrupt_once()
     started = StreamsReport(False, plan, gather_setting(), haproxy_streams(settings, plan.streams, open_files))
-    start_failed = False
-    with config_file(settings) as file:
+    with config_file(settings) as file, attempt(console) as made:
         experiment = StreamsExperiment(
             plan,
             settings,
@@ -76,16 +65,10 @@ def streams(
             started,
             console.print,
         )
-        try:
-            experiment.run()
-        except StartFailed as error:
-            start_failed = True
-            say_start_failed(console, error)
-        except KeyboardInterrupt:
-            console.print("[yellow]interrupted; everything that was started is stopped[/]")
+        experiment.run()
     report = experiment.report
     if json_file is not None:
         write_json(report, json_file)
     console.print(table(report))
     missed = num_missed(console, STREAM_TARGETS, report) if check else 0
-    end(report.complete or start_failed, missed or start_failed)
+    end(report.complete or made.has_failed, missed or made.has_failed)

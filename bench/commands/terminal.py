@@ -1,7 +1,9 @@
 """Owns what all commands do alike: what they say, how they read options, how they end."""
 
 import importlib
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -9,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from bench.interrupts import INTERRUPTED
+from bench.interrupts import INTERRUPTED, interrupt_once
 from bench.replay_plan import Shape
 from bench.results import EngineKind
 from bench.systems import StartFailed
@@ -35,9 +37,32 @@ def heal(console: Console) -> None:
         console.print(escape(str(healed)))
 
 
-def say_start_failed(console: Console, error: Exception) -> None:
-    tail = error.log_tail if isinstance(error, StartFailed) else ""
-    console.print(f"[bold red]does not start:[/] {escape(str(error))}\n{escape(tail)}", soft_wrap=True)
+STOPPED = "everything that was started is stopped"
+
+
+@dataclass
+class Attempt:
+    """What became of an experiment that ran in `attempt`."""
+
+    has_failed: bool = False
+
+
+@contextmanager
+def attempt(console: Console, *failures: type[Exception], kept: str = STOPPED) -> Iterator[Attempt]:
+    """Within it an experiment runs. Ctrl-C, a system that does not start and `failures` end it and are said, and what
+    was measured until then is left to be reported. Every other error is raised."""
+    made = Attempt()
+    interrupt_once()
+    try:
+        yield made
+    except StartFailed as error:
+        made.has_failed = True
+        console.print(f"[bold red]does not start:[/] {escape(str(error))}\n{escape(error.log_tail)}", soft_wrap=True)
+    except failures as error:
+        made.has_failed = True
+        console.print(f"[bold red]failed:[/] {escape(str(error) or repr(error))}", soft_wrap=True)
+    except KeyboardInterrupt:
+        console.print(f"[yellow]interrupted; {kept}[/]")
 
 
 def num_missed(console: Console, targets: Iterable[ReportTarget[R]], report: R) -> int:

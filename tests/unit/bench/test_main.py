@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from bench import commands, emitter, load_server, overhead, overload, overload_live, streams
 from bench.commands.app import app
+from bench.commands.terminal import attempt, make_console
 from bench.load import LoadExperiment
 from bench.load_plan import ServerFacts, ServerKind
 from bench.load_report import LoadReport, Use, evaluate
@@ -321,3 +322,25 @@ def test_a_load_of_one_length_asks_for_just_that(loads: list[LoadExperiment]) ->
     result = CliRunner().invoke(app, ["load", "fixed:250"])
     assert result.exit_code == 2
     assert "as in fixed:250/64" in result.output
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (StartFailed("no core", "its last line"), "does not start: no core\nits last line\n"),
+        (TimeoutError(), "failed: TimeoutError()\n"),
+        (KeyboardInterrupt(), "interrupted; all is kept\n"),
+    ],
+)
+def test_what_ends_an_experiment_is_said_and_its_report_still_made(
+    error: BaseException, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with attempt(make_console(), TimeoutError, kept="all is kept") as made:
+        raise error
+    assert capsys.readouterr().out == said
+    assert made.has_failed == (not isinstance(error, KeyboardInterrupt))
+
+
+def test_an_error_nobody_expects_is_raised() -> None:
+    with pytest.raises(RuntimeError), attempt(make_console(), TimeoutError):
+        raise RuntimeError
