@@ -15,6 +15,7 @@ _REPOSITORY = f"{Path(__file__).resolve().parents[1]}/"
 TITLE_CHARACTERS = 80
 _HIGHEST_PRIORITY = -20
 _AUTOGROUP = Path("/proc/self/autogroup")
+_AUTOGROUPS_ENABLED = Path("/proc/sys/kernel/sched_autogroup_enabled")
 
 
 class Role(StrEnum):
@@ -125,6 +126,12 @@ def _group_priority() -> str | None:
     process of the first session, as in many containers, is in none."""
     shown = _AUTOGROUP.read_text().split() if _AUTOGROUP.exists() else []
     return shown[-1] if shown else None
+
+
+def has_autogroups() -> bool:
+    """Whether Linux shares cores out between sessions first and then between the processes of each (autogroup): engines
+    that were started in one session can then keep a client of another one waiting, however little that needs."""
+    return _AUTOGROUPS_ENABLED.exists() and _AUTOGROUPS_ENABLED.read_text().strip() == "1"
 
 
 def waited_s() -> float:

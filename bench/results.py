@@ -16,7 +16,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from bench.cpu import ProcessCpu
+from bench.cpu import ProcessCpu, has_autogroups
 from bench.stats import Cell, Figures, Measured, Verdict, median_figures, median_stages
 from bench.systems import REPOSITORY, ROUTER
 
@@ -102,7 +102,7 @@ class StartFailure:
 @dataclass(frozen=True)
 class Setting:
     """Where and with what it was measured. `git_commit` is empty outside a git checkout; `gpus` are names and memory
-    by NVIDIA's tool, none where it is not there."""
+    by NVIDIA's tool, none where it is not there. `has_autogroups`: see `cpu.has_autogroups`; None was not asked."""
 
     started_at: str
     versions: dict[str, str]
@@ -112,6 +112,7 @@ class Setting:
     num_cores: int
     memory_gib: float
     gpus: tuple[str, ...] = ()
+    has_autogroups: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -191,6 +192,7 @@ def gather_setting() -> Setting:
         num_cores=len(os.sched_getaffinity(0)),
         memory_gib=round(psutil.virtual_memory().total / 2**30, 1),
         gpus=tuple(_output("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader").splitlines()),
+        has_autogroups=has_autogroups(),
     )
 
 

@@ -82,6 +82,12 @@ def clients(
         fail(f"{error}\n{error.log_tail}")
     setting = gather_setting()
     setting = replace(setting, versions=setting.versions | {package.name: package.version for package in packages})
+    if setting.has_autogroups:
+        console.print(
+            "[yellow]this Linux shares cores out between sessions, not processes, so that engines may keep clients "
+            "waiting; `sysctl kernel.sched_autogroup_enabled=0` (as root) lets all have their turn[/]",
+            soft_wrap=True,
+        )
     heal(console)
     experiment = ClientsExperiment(
         plan,

@@ -28,7 +28,7 @@ NODE_VARIABLE = "BATON_TEST_NODE"
 """What every process of a node carries, Ray's and the engines' alike."""
 
 START_S = 120.0
-STOP_S = 10.0
+STOP_S = 30.0
 OBJECT_STORE_BYTES = 80 * 1024 * 1024
 
 
@@ -145,7 +145,8 @@ class Nodes:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            start_new_session=True,
+            # A session of its own would be a group of the scheduler, which may leave another one waiting for seconds.
+            process_group=0,
         )
 
     def _wait_for(self, node: Node) -> None:
@@ -169,17 +170,12 @@ class Nodes:
 
     def kill(self, name: str) -> None:
         """The machine of a node loses its power: all its processes end at once, the raylet first."""
-
-        def has_ended() -> bool:
-            """Asked until it is so: a process may have been started while the others were looked up."""
-            found = self.processes_of(name)
-            found.sort(key=lambda process: _name(process.pid) != "raylet")
-            for process in found:
-                with suppress(ProcessLookupError):
-                    os.kill(process.pid, signal.SIGKILL)
-            return not found
-
-        wait_until(has_ended, f"the end of {name}", STOP_S)
+        found = self.processes_of(name)
+        found.sort(key=lambda process: _name(process.pid) != "raylet")
+        for process in found:
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
+        wait_until(lambda: not self.processes_of(name), f"the end of {name}", STOP_S)
         self._commands.pop(name).wait()
         shutil.rmtree(self.paths.ray / name)
 

@@ -13,6 +13,7 @@ from bench.cpu import (
     RoleSeconds,
     by_role,
     first_in_line,
+    has_autogroups,
     machine_busy_s,
     read,
     role_of,
@@ -133,6 +134,17 @@ def test_a_client_without_a_group_has_a_priority_all_the_same(
         pass
     assert asked == [-20, 2]
     assert not group.exists() or group.read_text() == ""
+
+
+@pytest.mark.parametrize(("shown", "found"), [("1\n", True), ("0\n", False), (None, False)])
+def test_whether_the_kernel_shares_cores_out_between_sessions(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shown: str | None, found: bool
+) -> None:
+    setting = tmp_path / "sched_autogroup_enabled"
+    if shown is not None:
+        setting.write_text(shown)
+    monkeypatch.setattr("bench.cpu._AUTOGROUPS_ENABLED", setting)
+    assert has_autogroups() is found
 
 
 def test_waiting_for_a_processor_only_grows() -> None:
