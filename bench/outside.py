@@ -131,11 +131,12 @@ class ClientsExperiment:
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
+        tree = TreeCpu(process.pid)
         try:
             while process.poll() is None:
                 if time.monotonic() > deadline:
                     raise ClientFailed(f"{name} did not end within {limit_s:g} s", _log_tail(folder))
-                samples.append((time.time(), _tree_cpu_s(process.pid)))
+                samples.append((time.time(), tree.used_s()))
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(SAMPLE_S)
         finally:
@@ -153,10 +154,19 @@ def _environment(changes: Mapping[str, str | None]) -> dict[str, str]:
     return {variable: value for variable, value in changed.items() if value is not None}
 
 
-def _tree_cpu_s(pid: int) -> float:
-    """Of the process and all below it that live."""
-    tree = [child for child in processes.descendants(os.getpid()) if child.pid == pid] + processes.descendants(pid)
-    return sum(one.cpu_s for one in cpu.read(tree).values())
+class TreeCpu:
+    """The CPU time of a child process and of all below it, also of what has ended: as long as it was seen."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._used_s: dict[processes.ProcessId, float] = {}
+
+    def used_s(self) -> float:
+        """Until now, in seconds; never less than before."""
+        own = [child for child in processes.descendants(os.getpid()) if child.pid == self._pid]
+        living = cpu.read([*own, *processes.descendants(self._pid)])
+        self._used_s.update({id: one.cpu_s for id, one in living.items()})
+        return sum(self._used_s.values())
 
 
 def _children_cpu_s() -> float:

@@ -19,6 +19,7 @@ from bench.commands.terminal import (
     make_console,
     num_missed,
     parse_names,
+    say_autogroups,
 )
 from bench.interrupts import end_at_once
 from bench.packages import InstallFailed, executable
@@ -82,12 +83,7 @@ def clients(
         fail(f"{error}\n{error.log_tail}")
     setting = gather_setting()
     setting = replace(setting, versions=setting.versions | {package.name: package.version for package in packages})
-    if setting.has_autogroups:
-        console.print(
-            "[yellow]this Linux shares cores out between sessions, not processes, so that engines may keep clients "
-            "waiting; `sysctl kernel.sched_autogroup_enabled=0` (as root) lets all have their turn[/]",
-            soft_wrap=True,
-        )
+    say_autogroups(console, setting)
     heal(console)
     experiment = ClientsExperiment(
         plan,

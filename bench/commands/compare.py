@@ -22,6 +22,7 @@ from bench.commands.terminal import (
     num_missed,
     parse_names,
     parse_reals,
+    say_autogroups,
 )
 from bench.compare_plan import AFTER_IT, IS_WHAT, WAKE_S, ComparePlan, Contestant, SystemKind, parse_contestants, plan
 from bench.load_plan import DEFAULT_SLOS, SLOS, LoadPlan, slo_of
@@ -155,13 +156,15 @@ def compare(
         except (ConfigError, ValueError) as error:
             fail(str(error))
 
+        setting = gather_setting()
+        say_autogroups(console, setting)
         _say_what_comes(console, chosen)
 
         def say(words: str) -> None:
             console.print(escape(words), soft_wrap=True)
 
         experiment = CompareExperiment(
-            chosen, made, prepared.trace, PLAIN_TOKENS, model, api_key, gather_setting(), say, progress
+            chosen, made, prepared.trace, PLAIN_TOKENS, model, api_key, setting, say, progress
         )
 
         def save() -> None:

@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from bench.interrupts import INTERRUPTED, interrupt_once
 from bench.replay_plan import Shape
-from bench.results import EngineKind
+from bench.results import EngineKind, Setting
 from bench.systems import StartFailed
 from bench.targets import R, ReportTarget
 from gateway.runtime import processes
@@ -35,6 +35,16 @@ def heal(console: Console) -> None:
     """Removes what crashed runs have left, and says so."""
     if healed := processes.heal(base_dir()):
         console.print(escape(str(healed)))
+
+
+def say_autogroups(console: Console, setting: Setting) -> None:
+    """Warns of a kernel that lets one process wait for another because of the session that it was started in."""
+    if setting.has_autogroups:
+        console.print(
+            "[yellow]this Linux shares cores out between sessions, then between the processes of each, so that engines "
+            "may keep a client waiting; as root, `sysctl kernel.sched_autogroup_enabled=0` lets all have their turn[/]",
+            soft_wrap=True,
+        )
 
 
 STOPPED = "everything that was started is stopped"

@@ -58,6 +58,14 @@ def test_figures_are_medians_over_the_rounds() -> None:
     assert (figures.kv_moved_mib, figures.cores, figures.num_rounds) == (1.0, {"engine": 1.5}, 2)
 
 
+def test_cores_are_not_told_where_the_engines_are_elsewhere() -> None:
+    here = replace(USE, processes=(ProcessUse("server", "what deploys it", 0.1, 100.0),))
+    runs = [replace(run, load=replace(run.load, use=here)) for run in report(AHEAD).runs]
+    figures = evaluate(PLAN, SETTING, runs, (), 60.0, complete=True).of("split", 2.0)
+    assert figures is not None
+    assert figures.cores == {}
+
+
 def test_a_difference_is_that_of_the_best_of_each_round() -> None:
     found = goodput_difference(report(AHEAD), "split", "aggregated", PLAN.rates_per_s, SLO)
     assert found is not None

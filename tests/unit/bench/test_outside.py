@@ -12,9 +12,10 @@ from types import SimpleNamespace
 import pytest
 from typer.testing import CliRunner
 
-from bench import outside
+from bench import cpu, outside
 from bench.commands.app import app
-from bench.outside import ClientsExperiment
+from bench.cpu import ProcessCpu, Role
+from bench.outside import ClientsExperiment, TreeCpu
 from bench.outside_clients import AIPERF, CLIENTS, GUIDELLM, OURS, Export, Workload
 from bench.outside_report import (
     CLOSE_ENOUGH,
@@ -29,6 +30,7 @@ from bench.outside_report import (
 )
 from bench.results import EngineKind
 from gateway.runtime import processes
+from gateway.runtime.processes import ProcessId
 from tests.unit.bench.test_agents_report import SETTING
 from tests.unit.bench.test_outside_clients import EXPORTS
 from tests.unit.bench.test_overhead import FakeSystem
@@ -108,6 +110,15 @@ def test_cores_are_those_in_use_between_two_times() -> None:
     assert cores_between(samples, 5.0, 31.0) is None
     assert cores_between(samples, 5.0, 5.0) is None
     assert cores_between([], 0.0, 1.0) is None
+
+
+def test_cpu_time_of_what_has_ended_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    parent, child = ProcessId(7, 1), ProcessId(8, 2)
+    seen = [{parent: 1.0}, {parent: 1.5, child: 2.0}, {parent: 1.75}]
+    monkeypatch.setattr(processes, "descendants", lambda _root: [])
+    monkeypatch.setattr(cpu, "read", lambda _ids: {id: ProcessCpu(Role.SERVER, "", s) for id, s in seen.pop(0).items()})
+    tree = TreeCpu(parent.pid)
+    assert [tree.used_s() for _ in range(3)] == [1.0, 3.5, 3.75]
 
 
 SCRIPT = """
