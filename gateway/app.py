@@ -103,7 +103,8 @@ def build(settings: Settings) -> serve.Application:
 
 
 def from_config(args: dict[str, str]) -> serve.Application:
-    """For an existing cluster: `serve run gateway.app:from_config config=configs/gpu.yaml`. Raises ConfigError."""
+    """For an existing cluster: `serve run gateway.app:from_config config=configs/gpu.yaml`. Of `args` only `config` is
+    read; another value of any of them makes `serve deploy` call this again. Raises ConfigError."""
     settings = load(args["config"])
     if not settings.tenants:
         raise ConfigError(

@@ -75,6 +75,8 @@ class Nodes:
         own = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"}
         # Of several nodes on few cores each part starts slowly, and Serve gives a proxy up after three such times.
         own |= {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30"}
+        # How long a gateway that is replaced stays for load balancers before Serve's own, of which there are none.
+        own |= {"RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "10"}
         self._environment = environment(table, os.environ) | own
         self._port, self._client_port, self._dashboard_port = free_ports(HEAD.address, 3)
         self._commands: dict[str, subprocess.Popen[bytes]] = {}
