@@ -54,7 +54,7 @@ def agents(
         if json_file is not None:
             write_json(experiment.report, json_file)
 
-    with attempt(console, TimeoutError, RuntimeError, GatewayError, OrderFailed) as made:
+    with attempt(console, TimeoutError, RuntimeError, GatewayError, OrderFailed) as outcome:
         experiment.run(save)
     save()
     report = experiment.report
@@ -62,4 +62,4 @@ def agents(
     for error in report.errors:
         console.print(f"[red]failed:[/] {escape(error)}", soft_wrap=True)
     missed = num_missed(console, AGENTS_TARGETS, report) if check else 0
-    end(report.complete or made.has_failed, missed or made.has_failed)
+    end(report.complete, missed, outcome)

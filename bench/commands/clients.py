@@ -99,7 +99,7 @@ def clients(
         if json_file is not None:
             write_json(experiment.report, json_file)
 
-    with attempt(console) as made:
+    with attempt(console) as outcome:
         experiment.run(save)
     save()
     report = experiment.report
@@ -107,4 +107,4 @@ def clients(
     for line in conclusions(report):
         console.print(escape(line), soft_wrap=True)
     missed = num_missed(console, TARGETS, report) if check else 0
-    end(report.complete or made.has_failed, missed or made.has_failed or report.failures)
+    end(report.complete, missed or report.failures, outcome)

@@ -171,7 +171,7 @@ def compare(
             if json_file is not None:
                 write_json(experiment.report, json_file)
 
-        with attempt(console, CompareFailed) as made:
+        with attempt(console, CompareFailed) as outcome:
             experiment.run(save)
         save()
     report = experiment.report
@@ -184,7 +184,7 @@ def compare(
         draw(report, html_file)
         console.print(f"report: {escape(str(html_file))}", soft_wrap=True)
     missed = num_missed(console, targets(report.plan, is_quick=quick), report) if check else 0
-    end(report.complete or made.has_failed, missed or made.has_failed or report.start_failures)
+    end(report.complete, missed or report.start_failures, outcome)
 
 
 def _context(contestants: Sequence[Contestant], settings: Settings, model: str | None, api_key: str | None) -> int:

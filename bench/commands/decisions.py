@@ -31,7 +31,7 @@ def decisions(
         plan = replace(plan, requests=(500, 2_000), replicas=(2, 256), decisions=300)
     draw = drawing(plot, "decisions_plot")
     report = DecisionsReport(False, plan, gather_setting())
-    with attempt(console, kept="what is measured is kept"):
+    with attempt(console, kept="what is measured is kept") as outcome:
         for policy in plan.policies:
             for replicas in plan.replicas:
                 console.print(f"decisions of {policy}, {replicas} replicas ...")
@@ -53,4 +53,4 @@ def decisions(
     for table_ in tables(report):
         console.print(table_)
     missed = num_missed(console, targets(plan), report) if check else 0
-    end(report.complete, missed)
+    end(report.complete, missed, outcome)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from bench.commands.terminal import FAULTS_CONFIG, attempt, end, fail, heal, make_console, parse_names
+from bench.commands.terminal import FAULTS_CONFIG, STOPPED, attempt, end, fail, heal, make_console, parse_names
 from bench.results import gather_setting, write_json
 from gateway.settings import ConfigError, load
 
@@ -45,13 +45,11 @@ def faults(
     heal(console)
     setting = gather_setting()
     experiment = FaultsExperiment(config, settings, results, planned, again, setting.git_commit, console.print)
-    complete = False
-    with attempt(console, TimeoutError, RuntimeError) as made:
+    with attempt(console, TimeoutError, RuntimeError, kept=f"{STOPPED}, and what is done is kept") as outcome:
         asyncio.run(experiment.run())
-        complete = True
     done = tuple(experiment.results[case.name] for case in planned if case.name in experiment.results)
     report = FaultsReport(
-        complete, str(config), experiment.cold_start_s, tuple(case.name for case in planned), done, setting
+        outcome.is_whole, str(config), experiment.cold_start_s, tuple(case.name for case in planned), done, setting
     )
     if json_file is not None:
         write_json(report, json_file)
@@ -61,4 +59,4 @@ def faults(
         for line in checks(report, all_cases(), is_quick=quick or bool(cases)):
             console.print(line.line(), soft_wrap=True)
             missed += not line.is_met
-    end(complete or made.has_failed, missed or made.has_failed)
+    end(outcome.is_whole, missed, outcome)

@@ -78,7 +78,7 @@ def interference(
             if json_file is not None:
                 write_json(experiment.report, json_file)
 
-        with attempt(console, ValueError) as made:
+        with attempt(console, ValueError) as outcome:
             experiment.run(save)
         save()
     report = experiment.report
@@ -89,4 +89,4 @@ def interference(
         for error in one.errors:
             console.print(f"[red]{one.system}, {one.rate_per_s:g} prompts/s:[/] {escape(error)}", soft_wrap=True)
     missed = num_missed(console, TARGETS, report) if check else 0
-    end(report.complete or made.has_failed, missed or made.has_failed)
+    end(report.complete, missed, outcome)

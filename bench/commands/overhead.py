@@ -149,12 +149,10 @@ def overhead(
     emitters = _emitters(settings, plan, prompts) if simulated else {}
     ledger.emitters = tuple(EmitterCost(cell, cpu_s * 1000) for cell, cpu_s in emitters.items())
     experiment = Experiment(ledger, chosen, settings.model_name, prompts, console, save, emitters)
-    complete = False
-    with attempt(console):
+    with attempt(console) as outcome:
         experiment.run()
-        complete = True
-    save(complete)
-    report = ledger.report(complete)
+    save(outcome.is_whole)
+    report = ledger.report(outcome.is_whole)
     console.print(latency_table(report), cpu_table(report), sep="\n\n")
     if (stages := stage_table(report)) is not None:
         console.print(stages)
@@ -166,7 +164,7 @@ def overhead(
         for verdict in (judge(target, figures) for target in (SIMULATED_TARGETS if simulated else TARGETS)):
             console.print(verdict_line(verdict, needs_figure=not quick), soft_wrap=True)
             missed += not verdict.is_met and not (quick and verdict.ratio is None)
-    end(complete, missed or report.start_failures)
+    end(outcome.is_whole, missed or report.start_failures, outcome)
 
 
 def _emitters(settings: Settings, plan: Plan, prompts: "PromptMaker") -> dict[Cell, float]:

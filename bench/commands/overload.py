@@ -49,7 +49,7 @@ def overload(
         seed=seed,
     )
     report = OverloadReport(False, plan, gather_setting())
-    with attempt(console) as made:
+    with attempt(console) as outcome:
         if engine is EngineKind.SIMULATED:
             from bench.overload import SCENARIOS, Overload
 
@@ -74,4 +74,4 @@ def overload(
     for error in report.live.errors if report.live else ():
         console.print(f"[red]failed:[/] {escape(error)}", soft_wrap=True)
     missed = num_missed(console, targets(engine), report) if check else 0
-    end(report.complete or made.has_failed, missed or made.has_failed)
+    end(report.complete, missed, outcome)

@@ -93,7 +93,7 @@ def replay(
         )
     except (TraceError, OSError) as error:
         fail(str(error))
-    with attempt(console, kept="the runs that had not ended are left out"):
+    with attempt(console, kept="the runs that had not ended are left out") as outcome:
         experiment.run()
     report = experiment.report
     for trace in report.traces:
@@ -113,4 +113,4 @@ def replay(
     if draw is not None and plot is not None:
         draw(report, plot)
     missed = num_missed(console, targets(plan), report) if check else 0
-    end(report.complete, missed or report.failed)
+    end(report.complete, missed or report.failed, outcome)

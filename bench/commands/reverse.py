@@ -35,12 +35,11 @@ def reverse(
         fail(f"{config} must have real engines in both pools; use {DEFAULT_CONFIGS[EngineKind.VLLM]}")
     plan = ReversePlan(str(config), QUICK_CELLS if quick else FULL_CELLS, rounds or (2 if quick else 5), seed)
     experiment = ReverseExperiment(plan, settings, console.print)
-    complete = False
-    with attempt(console, TimeoutError, RuntimeError, EngineGoneError) as made:
+    kept = "the engines are stopped, and what is done is kept"
+    with attempt(console, TimeoutError, RuntimeError, EngineGoneError, kept=kept) as outcome:
         asyncio.run(experiment.run())
-        complete = True
-    report = make_report(plan, gather_setting(), experiment.trials, complete)
+    report = make_report(plan, gather_setting(), experiment.trials, outcome.is_whole)
     if json_file is not None:
         write_json(report, json_file)
     console.print(table(report))
-    end(complete or made.has_failed, made.has_failed or any(one.differing for one in report.medians))
+    end(outcome.is_whole, any(one.differing for one in report.medians), outcome)

@@ -40,7 +40,7 @@ def rolling(
     plan = RollingPlan(str(config), clients or (2 if quick else 4), 5.0 if quick else 15.0, seed, other_format)
     heal(console)
     experiment = RollingUpdate(plan, config, settings, gather_setting(), console.print)
-    with attempt(console, TimeoutError, RuntimeError) as made:
+    with attempt(console, TimeoutError, RuntimeError) as outcome:
         asyncio.run(experiment.run(logs))
     report = experiment.report
     if json_file is not None:
@@ -49,4 +49,4 @@ def rolling(
     for trouble in report.troubles:
         console.print(f"[red]{escape(str(trouble))}[/]", soft_wrap=True)
     missed = num_missed(console, targets(plan, num_replicas(settings)), report) if check else 0
-    end(report.complete or made.has_failed, missed or made.has_failed)
+    end(report.complete, missed, outcome)

@@ -89,7 +89,7 @@ def scaling(
         )
     except (TraceError, OSError) as error:
         fail(str(error))
-    with attempt(console, kept="the runs that had not ended are left out"):
+    with attempt(console, kept="the runs that had not ended are left out") as outcome:
         experiment.run()
     report = experiment.report
     for table in day_tables(report):
@@ -97,4 +97,4 @@ def scaling(
     if draw is not None and plot is not None:
         draw(report, plot)
     missed = num_missed(console, targets(), report) if check else 0
-    end(report.complete, missed or report.failed)
+    end(report.complete, missed or report.failed, outcome)

@@ -41,14 +41,12 @@ def soak(
             so_far = evaluate(plan, setting, results, time.monotonic() - began_s, complete=False)
             write_json(so_far, json_file)
 
-    complete = False
-    with attempt(console, kept="the worlds that had not ended are left out"):
+    with attempt(console, kept="the worlds that had not ended are left out") as outcome:
         run(plan, took)
-        complete = True
-    report = evaluate(plan, setting, results, time.monotonic() - began_s, complete=complete)
+    report = evaluate(plan, setting, results, time.monotonic() - began_s, complete=outcome.is_whole)
     if json_file is not None:
         write_json(report, json_file)
     console.print(table(report))
     console.print(escape(report.claim), soft_wrap=True)
     missed = num_missed(console, targets(plan), report) if check else 0
-    end(complete, missed or report.counts.bad)
+    end(outcome.is_whole, missed or report.counts.bad, outcome)

@@ -51,25 +51,27 @@ STOPPED = "everything that was started is stopped"
 
 
 @dataclass
-class Attempt:
-    """What became of an experiment that ran in `attempt`."""
+class Outcome:
+    """What became of an experiment that ran in `attempt`: whether it ran to its end, and whether an error ended it."""
 
+    is_whole: bool = False
     has_failed: bool = False
 
 
 @contextmanager
-def attempt(console: Console, *failures: type[Exception], kept: str = STOPPED) -> Iterator[Attempt]:
+def attempt(console: Console, *failures: type[Exception], kept: str = STOPPED) -> Iterator[Outcome]:
     """Within it an experiment runs. Ctrl-C, a system that does not start and `failures` end it and are said, and what
     was measured until then is left to be reported. Every other error is raised."""
-    made = Attempt()
+    outcome = Outcome()
     interrupt_once()
     try:
-        yield made
+        yield outcome
+        outcome.is_whole = True
     except StartFailed as error:
-        made.has_failed = True
+        outcome.has_failed = True
         console.print(f"[bold red]does not start:[/] {escape(str(error))}\n{escape(error.log_tail)}", soft_wrap=True)
     except failures as error:
-        made.has_failed = True
+        outcome.has_failed = True
         console.print(f"[bold red]failed:[/] {escape(str(error) or repr(error))}", soft_wrap=True)
     except KeyboardInterrupt:
         console.print(f"[yellow]interrupted; {kept}[/]")
@@ -84,8 +86,11 @@ def num_missed(console: Console, targets: Iterable[ReportTarget[R]], report: R) 
     return missed
 
 
-def end(is_whole: bool, failed: object) -> None:
-    """The exit code of a command: INTERRUPTED before its end, 1 where something `failed`."""
+def end(is_whole: bool, failed: object, outcome: Outcome | None = None) -> None:
+    """The exit code of a command: 1 where an error ended the experiment, INTERRUPTED before its end, 1 where something
+    `failed`."""
+    if outcome is not None and outcome.has_failed:
+        raise typer.Exit(1)
     if not is_whole:
         raise typer.Exit(INTERRUPTED)
     if failed:

@@ -28,7 +28,7 @@ NODE_VARIABLE = "BATON_TEST_NODE"
 """What every process of a node carries, Ray's and the engines' alike."""
 
 START_S = 120.0
-STOP_S = 30.0
+STOP_S = 10.0
 OBJECT_STORE_BYTES = 80 * 1024 * 1024
 
 

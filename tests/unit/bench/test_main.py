@@ -9,11 +9,12 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from typer import Exit
 from typer.testing import CliRunner
 
 from bench import commands, emitter, load_server, overhead, overload, overload_live, streams
 from bench.commands.app import app
-from bench.commands.terminal import attempt, make_console
+from bench.commands.terminal import Outcome, attempt, end, make_console
 from bench.load import LoadExperiment
 from bench.load_plan import ServerFacts, ServerKind
 from bench.load_report import LoadReport, Use, evaluate
@@ -335,10 +336,23 @@ def test_a_load_of_one_length_asks_for_just_that(loads: list[LoadExperiment]) ->
 def test_what_ends_an_experiment_is_said_and_its_report_still_made(
     error: BaseException, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with attempt(make_console(), TimeoutError, kept="all is kept") as made:
+    with attempt(make_console(), TimeoutError, kept="all is kept") as outcome:
         raise error
     assert capsys.readouterr().out == said
-    assert made.has_failed == (not isinstance(error, KeyboardInterrupt))
+    assert outcome.has_failed == (not isinstance(error, KeyboardInterrupt))
+    assert not outcome.is_whole
+
+
+def test_an_error_that_ends_an_experiment_is_no_interruption() -> None:
+    def code(*, is_whole: bool, failed: bool, outcome: Outcome) -> int:
+        with pytest.raises(Exit) as ended:
+            end(is_whole, failed, outcome)
+        return ended.value.exit_code
+
+    assert code(is_whole=False, failed=False, outcome=Outcome(has_failed=True)) == 1
+    assert code(is_whole=False, failed=True, outcome=Outcome()) == 130
+    assert code(is_whole=True, failed=True, outcome=Outcome(is_whole=True)) == 1
+    end(True, 0, Outcome(is_whole=True))
 
 
 def test_an_error_nobody_expects_is_raised() -> None:
