@@ -12,21 +12,20 @@ import yaml
 
 from gateway.agents.tenants import new_key
 from gateway.settings import load
-from tests.cluster.nodes import Node, cluster
+from tests.cluster.nodes import Node, Nodes, cluster
 from tests.cluster.running import wait_until
-from tests.cluster.test_scaling import DEADLINE_S, FEWEST, Site, configuration, serve_config
+from tests.cluster.test_scaling import DEADLINE_S, FEWEST, configuration, serve_config
 
 pytestmark = pytest.mark.timeout(420)
 
 
-def processes(site: Site, deployment: str) -> set[int]:
-    """Of its replicas, also of those that start or end."""
-    return {one["pid"] for one in site.nodes.status()["replicas"] if one["deployment"] == deployment}
+def processes(nodes: Nodes, deployment: str) -> set[int]:
+    return {one["pid"] for one in nodes.running(deployment)}
 
 
-def is_whole(site: Site, num_decodes: int) -> bool:
+def is_whole(nodes: Nodes, num_decodes: int) -> bool:
     """No other replica starts or ends."""
-    status = site.nodes.status()
+    status = nodes.status()
     wanted = [("decode", "RUNNING")] * num_decodes + [("gateway", "RUNNING")]
     return status["status"] == "RUNNING" and sorted((r["deployment"], r["state"]) for r in status["replicas"]) == wanted
 
@@ -44,20 +43,20 @@ def config(tmp_path: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def site(config: dict[str, Any]) -> Iterator[Site]:
+def nodes(config: dict[str, Any]) -> Iterator[Nodes]:
     settings = load(Path(config["applications"][0]["args"]["config"]))
     with cluster(settings, "gateway.app:build", [], Node("head", "127.0.0.10", 4)) as nodes:
-        yield Site(nodes, {})
+        yield nodes
 
 
-def test_another_number_restarts_nothing_and_another_revision_everything(site: Site, config: dict[str, Any]) -> None:
+def test_another_number_restarts_nothing_and_another_revision_everything(nodes: Nodes, config: dict[str, Any]) -> None:
     (application,) = config["applications"]
 
     def deploy(num_decodes: int) -> tuple[set[int], set[int]]:
         """The processes of gateway and decode."""
-        site.nodes.deploy_config(config)
-        wait_until(lambda: is_whole(site, num_decodes), f"{num_decodes} decode replicas and a gateway", DEADLINE_S)
-        return processes(site, "gateway"), processes(site, "decode")
+        nodes.deploy_config(config)
+        wait_until(lambda: is_whole(nodes, num_decodes), f"{num_decodes} decode replicas and a gateway", DEADLINE_S)
+        return processes(nodes, "gateway"), processes(nodes, "decode")
 
     gateways, first = deploy(FEWEST)
     application["deployments"] = [{"name": "decode", "num_replicas": FEWEST + 1}]
@@ -70,8 +69,11 @@ def test_another_number_restarts_nothing_and_another_revision_everything(site: S
     assert same_gateways == gateways
     assert fewer < more
 
+    def are_all_new() -> bool:
+        before = gateways | fewer
+        after = processes(nodes, "gateway") | processes(nodes, "decode")
+        return is_whole(nodes, FEWEST) and before.isdisjoint(after)
+
     application["args"]["revision"] = "2"
-    site.nodes.deploy_config(config)
-    for deployment, old in (("gateway", gateways), ("decode", fewer)):
-        wait_until(lambda d=deployment, o=old: processes(site, d).isdisjoint(o), f"another {deployment}", DEADLINE_S)
-    wait_until(lambda: is_whole(site, FEWEST), "all to be there again", DEADLINE_S)
+    nodes.deploy_config(config)
+    wait_until(are_all_new, "all to be replaced", DEADLINE_S)

@@ -12,7 +12,7 @@ from vllm.sampling_params import SamplingParams
 from engine.protocol import InvalidEngineRequestError, Phase, PrefillFacts
 from engine.vllm_codec import SamplingPayload, encode_sampling
 from engine.vllm_engine import VllmEngine
-from tests.engine.contract import Bench, EngineContract
+from tests.engine.contract import Bench, Collector, EngineContract
 from tests.engine.local_cluster import BLOCK, engine_config
 
 BYTES_PER_TOKEN = 2 * 4 * 2 * 64 * 4
@@ -31,6 +31,16 @@ class VllmPair:
         return [rng.randrange(20, 1500) for _ in range(n_tokens)]
 
 
+async def warm_up(pair: VllmPair) -> None:
+    """A first hand-off, as gateways have one before they use a pair. Of engines that have not met, what decode releases
+    is only heard when it next takes a step, or when the lease ends."""
+    bench = Bench(pair, Collector(pair.prefill), Collector(pair.decode), "warm-up")
+    prompt = pair.prompt(2, seed=0)
+    await bench.run_decode(prompt, 1, (await bench.run_prefill(prompt)).handoff)
+    await bench.prefill.close()
+    await bench.decode.close()
+
+
 @asynccontextmanager
 async def running_pair(*, reverse: bool):
     # A cache that a test can fill: twice the blocks of the longest request and more.
@@ -46,7 +56,9 @@ async def running_pair(*, reverse: bool):
         await prefill.shutdown()
         raise
     greedy = SamplingParams(temperature=0.0, ignore_eos=True, detokenize=False)
-    yield VllmPair(prefill, decode, encode_sampling(SamplingPayload(greedy)))
+    pair = VllmPair(prefill, decode, encode_sampling(SamplingPayload(greedy)))
+    await warm_up(pair)
+    yield pair
     await prefill.shutdown()
     await decode.shutdown()
 
