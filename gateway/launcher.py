@@ -28,6 +28,8 @@ SIMULATED = "simulated engines, no model: what they answer means nothing, and no
 _POLL_S = 0.2
 _STATUS_TIMEOUT_S = 5.0
 _ECHO_S = 0.5
+_PORT_TAKEN = "Address already in use"
+"""In what HAProxy says when it cannot listen; the gateway's is the only port it has."""
 _FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
 _ANY_ADDRESS = {"0.0.0.0": LOOPBACK, "::": "::1"}
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -236,7 +238,7 @@ def _wait_until_ready(run: LocalRun, console: Console, api_key: str | None) -> N
             for event in run.poll(_POLL_S):
                 show(event)
                 if isinstance(event, DriverFailed):
-                    raise StartError(root_cause(event.message))
+                    raise StartError(_why_driver_failed(event.message, run.settings))
                 if isinstance(event, AppStatus):
                     is_running = event.status == "RUNNING"
                     if event.status in _FAILED:
@@ -253,6 +255,18 @@ def _wait_until_ready(run: LocalRun, console: Console, api_key: str | None) -> N
                     "a slow machine needs a larger runtime.start_timeout_s"
                 )
             show(None)
+
+
+def _why_driver_failed(message: str, settings: Settings) -> str:
+    cause = root_cause(message)
+    if _PORT_TAKEN not in cause:
+        return cause
+    host, port = settings.gateway.host, settings.gateway.port
+    try:
+        check_port(host, port)
+    except StartError as error:
+        return f"{error}; it came while Baton started"
+    return f"{host}:{port} was in use while Baton started and is free again; start again, or pass --port"
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from getpass import getuser
 from pathlib import Path
 
+from engine.ports import free_ports
 from gateway.settings import Settings
 
 RUN_MARKER = "BATON_RUN"
@@ -94,11 +95,16 @@ def open_files_needed(settings: Settings) -> int:
     return 5 * connections_needed(settings) // 2 + 1024
 
 
+def free_fallback_port(gateway_port: int) -> int:
+    """A free port for Serve's fallback proxy: not the gateway's, which is as free until HAProxy listens there."""
+    return next(port for port in free_ports(LOOPBACK, 2) if port != gateway_port)
+
+
 def variables(
     settings: Settings, paths: RunPaths, run: str, fallback_port: int, cores: int, open_files: int
 ) -> list[Variable]:
-    """The table. `run` is the marker's value, `fallback_port` a free port, `cores` the machine's, `open_files` the
-    limit a process may raise itself to."""
+    """The table. `run` is the marker's value, `fallback_port` that of Serve's fallback proxy, `cores` the machine's,
+    `open_files` the limit a process may raise itself to."""
     haproxy = paths.haproxy
     connections = min(connections_needed(settings), max(64, (open_files - 1024) * 2 // 5))
     table = [

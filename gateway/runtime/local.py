@@ -17,9 +17,8 @@ from pathlib import Path
 import msgspec
 import psutil
 
-from engine.ports import free_ports
 from gateway.runtime import control, events, processes
-from gateway.runtime.environment import LOOPBACK, RunPaths, environment, open_files_needed, variables
+from gateway.runtime.environment import RunPaths, environment, free_fallback_port, open_files_needed, variables
 from gateway.settings import Settings
 
 _LONGEST_BASE = 24
@@ -119,7 +118,7 @@ class LocalRun:
             self.settings,
             self.paths,
             str(self.owner),
-            fallback_port=free_ports(LOOPBACK)[0],
+            fallback_port=free_fallback_port(self.settings.gateway.port),
             cores=os.cpu_count() or 1,
             open_files=_raised_open_files(open_files_needed(self.settings)),
         )

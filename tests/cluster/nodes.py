@@ -16,7 +16,7 @@ from typing import Any
 
 from engine.ports import free_ports
 from gateway.runtime import processes
-from gateway.runtime.environment import HTTP_HOST, LOOPBACK, RunPaths, environment, variables
+from gateway.runtime.environment import HTTP_HOST, LOOPBACK, RunPaths, environment, free_fallback_port, variables
 from gateway.runtime.local import base_dir
 from gateway.settings import Settings
 from tests.cluster.operations import documented
@@ -68,9 +68,8 @@ class Nodes:
         self.paths.token.write_text("0" * 64)
         self._began_s = time.time()
         self._owner = processes.this_process()
-        table = variables(
-            settings, self.paths, str(self._owner), fallback_port=free_ports(LOOPBACK)[0], cores=2, open_files=8192
-        )
+        spare_port = free_fallback_port(settings.gateway.port)
+        table = variables(settings, self.paths, str(self._owner), spare_port, cores=2, open_files=8192)
         # For a local run Ray is told that it is alone, and then no node may join.
         own = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"}
         # Of several nodes on few cores each part starts slowly, and Serve gives a proxy up after three such times.

@@ -130,6 +130,16 @@ def test_a_port_in_use_is_named_with_its_holder_before_anything_starts(start: Ca
     run.assert_nothing_left()
 
 
+def test_a_port_that_is_taken_while_ray_starts_is_named_with_its_holder(start: Callable[..., Run], port: int) -> None:
+    run = start("build_loses_port")
+    assert run.exit_code(READY_S) == 1
+    assert "ray: running" in run.output
+    assert f"baton serve failed: 127.0.0.1:{port} is in use by python" in run.output
+    assert "; stop it or pass --port; it came while Baton started" in run.output
+    assert "HAProxy" not in run.output
+    run.assert_nothing_left()
+
+
 def test_two_runs_cannot_claim_one_port(start: Callable[..., Run]) -> None:
     first = start()
     first.wait_for("ray: starting")

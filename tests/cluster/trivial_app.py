@@ -15,6 +15,11 @@ api = FastAPI()
 
 IGNORES_SIGTERM = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(3600)"
 
+TAKES_PORT = (
+    "import socket, sys, time; server = socket.create_server(('127.0.0.1', int(sys.argv[1]))); "
+    "print('listening', flush=True); time.sleep(3600)"
+)
+
 
 @api.get("/v1/models")
 async def models() -> dict[str, Any]:
@@ -83,6 +88,15 @@ def build(settings: Any) -> serve.Application:
 
 def build_broken(settings: Any) -> serve.Application:
     return Gateway.bind(BrokenEngine.bind())
+
+
+def build_loses_port(settings: Any) -> serve.Application:
+    """Another process takes the port after the launcher found it free, before HAProxy does."""
+    command = [sys.executable, "-S", "-c", TAKES_PORT, str(settings.gateway.port)]
+    thief = subprocess.Popen(command, stdout=subprocess.PIPE)
+    assert thief.stdout is not None
+    thief.stdout.readline()
+    return build(settings)
 
 
 def build_raises(settings: Any) -> serve.Application:

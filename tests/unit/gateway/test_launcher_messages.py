@@ -13,7 +13,8 @@ from gateway import client, launcher
 from gateway.agents.tenants import Tenants
 from gateway.app import tenants
 from gateway.runtime import confine
-from gateway.runtime.environment import RunPaths, environment, variables
+from gateway.runtime import environment as local_environment
+from gateway.runtime.environment import RunPaths, environment, free_fallback_port, variables
 from gateway.runtime.events import AppStatus, DeploymentState
 from gateway.runtime.local import StartError
 from gateway.settings import Settings
@@ -155,6 +156,12 @@ def test_the_environment_is_the_table_over_the_users_without_settings_and_foreig
     assert "RAY_ADDRESS" not in result
     # 2.5 files for each connection, and 1024 of its own, fit in the limit.
     assert int(result["RAY_SERVE_HAPROXY_MAXCONN"]) * 5 // 2 + 1024 <= 4096
+
+
+def test_serves_fallback_proxy_never_gets_the_gateways_own_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local_environment, "free_ports", lambda _host, count: [20_001, 20_002][:count])
+    assert free_fallback_port(gateway_port=20_001) == 20_002
+    assert free_fallback_port(gateway_port=20_002) == 20_001
 
 
 def test_every_variable_appears_once_and_says_why() -> None:
