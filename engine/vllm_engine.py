@@ -35,7 +35,7 @@ from vllm.v1.executor import Executor
 from vllm.v1.metrics.stats import PrefillStats, SchedulerStats
 
 from engine.load import Ledger, Pace
-from engine.ports import free_ports
+from engine.ports import held_ports
 from engine.protocol import (
     BlockChanges,
     EngineGoneError,
@@ -215,7 +215,8 @@ class VllmEngine:
 
     @classmethod
     def _start(cls, config: VllmEngineConfig) -> tuple[AsyncMPClient, EngineInfo]:
-        with _variables(environment(config, free_ports(config.host)[0])):
+        # NIXL listens when the model is loaded; if it could not, vLLM would wait for it until the start's time-out.
+        with held_ports(config.host) as (port,), _variables(environment(config, port)):
             return cls._start_processes(config)
 
     @staticmethod

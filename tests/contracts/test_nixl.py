@@ -1,6 +1,7 @@
 """Every internal of NIXL that Baton touches, by name: when an upgrade breaks one, the failing test says which."""
 
 import inspect
+import os
 import time
 import uuid
 from pathlib import Path
@@ -8,6 +9,7 @@ from queue import Queue
 from types import SimpleNamespace
 
 import pytest
+import zmq
 
 
 def test_the_pinned_version_is_installed():
@@ -199,3 +201,24 @@ def test_a_setting_makes_prefill_fetch_too(reverse, role, monkeypatch):
     found = {phase: engine_arguments(config).kv_transfer_config["kv_role"] for phase, config in configs.items()}
     assert found == {Phase.PREFILL: role, Phase.DECODE: "kv_consumer"}
     assert {config.reverse for config in configs.values()} == {reverse}
+
+
+def test_nobody_else_gets_the_port_of_an_engine_that_starts(monkeypatch):
+    from engine import ports
+    from engine.vllm_engine import VllmEngine, VllmEngineConfig
+
+    class Loaded(Exception):
+        pass
+
+    def load(_config):
+        port = int(os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"])
+        monkeypatch.setattr(ports.random.SystemRandom, "sample", lambda *_: [port])
+        with pytest.raises(OSError, match="no 1 free ports"):
+            ports.free_ports("127.0.0.1")
+        with zmq.Context() as context, context.socket(zmq.ROUTER) as listener:
+            listener.bind(f"tcp://127.0.0.1:{port}")
+        raise Loaded
+
+    monkeypatch.setattr(VllmEngine, "_start_processes", load)
+    with pytest.raises(Loaded):
+        VllmEngine._start(VllmEngineConfig(replica_id="one", model="nowhere", phase=None, engine_args={}, device="cpu"))

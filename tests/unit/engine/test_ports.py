@@ -4,6 +4,7 @@ import socket
 from pathlib import Path
 
 import pytest
+import zmq
 
 from engine import ports
 
@@ -19,6 +20,17 @@ def test_ports_are_different_and_free() -> None:
 def test_no_outgoing_connection_can_take_them() -> None:
     lowest, _ = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
     assert max(ports.free_ports("127.0.0.1", 20)) < lowest
+
+
+def test_a_held_port_is_nobody_elses_but_its_server_can_listen_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    context = zmq.Context()
+    with ports.held_ports("127.0.0.1") as (held,), context.socket(zmq.ROUTER) as server:
+        monkeypatch.setattr(ports.random.SystemRandom, "sample", lambda *_: [held])
+        with pytest.raises(OSError, match="no 1 free ports"):
+            ports.free_ports("127.0.0.1")
+        server.bind(f"tcp://127.0.0.1:{held}")
+    context.term()
+    assert ports.free_ports("127.0.0.1") == [held]
 
 
 def test_a_port_in_use_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
