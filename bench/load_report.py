@@ -169,7 +169,8 @@ class Use:
 @dataclass(frozen=True)
 class LoadFigures:
     """Of the turns that were due in the measured window; percentiles of those that were answered. Latencies count from
-    when a turn was due, so they hold the generator's own lateness. None: nothing to take it from.
+    when a turn was due, so they hold the generator's own lateness. `first_gap_ms` lies between the first two tokens:
+    where prefill writes the first, the hand-off is in it, else in the TTFT. None: nothing to take it from.
 
     `tokens_per_s` are those that came in the window. Sessions and trajectories are those that began in it and ended
     well, from the first turn's due time on with all pauses; `num_sessions_cut_off` and `num_sessions_given_up` (after a
@@ -188,6 +189,7 @@ class LoadFigures:
     cached_share: float | None
     ttft_ms: Percentiles | None
     itl_ms: Percentiles | None
+    first_gap_ms: Percentiles | None
     tpot_ms: Percentiles | None
     e2e_ms: Percentiles | None
     session_s: Percentiles | None
@@ -320,6 +322,7 @@ def _figures(
         ),
         ttft_ms=_percentiles([(turn.first_s - turn.due_s) * 1000 for turn in answered if turn.first_s is not None]),
         itl_ms=_percentiles([gap_s * 1000 for turn in answered for gap_s in turn.gaps_s]),
+        first_gap_ms=_percentiles([turn.gaps_s[0] * 1000 for turn in answered if turn.gaps_s]),
         tpot_ms=_percentiles([turn.tpot_s * 1000 for turn in answered if turn.tpot_s is not None]),
         e2e_ms=_percentiles([(turn.ended_s - turn.due_s) * 1000 for turn in answered]),
         session_s=_percentiles([one.ended_s - one.began_s for one in whole]),
@@ -432,6 +435,7 @@ def table(report: LoadReport) -> Table:
             ("turns/s asked, over", f"{figures.offered_per_s:.4g}, {figures.window_s:.1f} s"),
             ("TTFT ms: p50, p90, p99", _shown(figures.ttft_ms)),
             ("ITL ms: p50, p90, p99", _shown(figures.itl_ms)),
+            ("between the first two tokens, ms: p50, p90, p99", _shown(figures.first_gap_ms)),
             ("TPOT ms: p50, p90, p99", _shown(figures.tpot_ms)),
             ("end to end ms: p50, p90, p99", _shown(figures.e2e_ms)),
             (f"session s, of {figures.num_sessions:,} whole: p50, p90, p99", _shown(figures.session_s)),

@@ -131,7 +131,7 @@ class ClientsExperiment:
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
-        tree = TreeCpu(process.pid)
+        tree = TreeCpu(processes.process_of(process.pid))
         try:
             while process.poll() is None:
                 if time.monotonic() > deadline:
@@ -157,14 +157,13 @@ def _environment(changes: Mapping[str, str | None]) -> dict[str, str]:
 class TreeCpu:
     """The CPU time of a child process and of all below it, also of what has ended: as long as it was seen."""
 
-    def __init__(self, pid: int) -> None:
-        self._pid = pid
+    def __init__(self, root: processes.ProcessId) -> None:
+        self._root = root
         self._used_s: dict[processes.ProcessId, float] = {}
 
     def used_s(self) -> float:
         """Until now, in seconds; never less than before."""
-        own = [child for child in processes.descendants(os.getpid()) if child.pid == self._pid]
-        living = cpu.read([*own, *processes.descendants(self._pid)])
+        living = cpu.read([self._root, *processes.descendants(self._root.pid)])
         self._used_s.update({id: one.cpu_s for id, one in living.items()})
         return sum(self._used_s.values())
 

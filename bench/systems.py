@@ -207,10 +207,7 @@ class LocalSystem:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        root = next((child for child in processes.descendants(os.getpid()) if child.pid == process.pid), None)
-        if root is None:
-            raise StartFailed(f"{self.name}: {command.name} ended with code {process.wait()}", self._tail(command))
-        self._roots.append((root, process))
+        self._roots.append((processes.process_of(process.pid), process))
         return process
 
     def _wait_until_ready(self, command: Command, process: subprocess.Popen[bytes], deadline: float) -> None:

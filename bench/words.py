@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from engine.vocabulary import plain_tokens
+from engine.vocabulary import plain_tokens, read_tokenizer
 
 
 @dataclass(frozen=True)
@@ -23,9 +22,8 @@ class Words:
 
 def read_words(model: str) -> Words:
     """Of a folder with a tokenizer.json, or a Hugging Face id. Raises ValueError if it has no such tokens."""
-    plain = plain_tokens(model)
-    file = Path(model) / "tokenizer.json"
-    tokenizer = Tokenizer.from_file(str(file)) if file.exists() else Tokenizer.from_pretrained(model)
+    tokenizer = read_tokenizer(model)
+    plain = plain_tokens(tokenizer)
     texts = tokenizer.decode_batch([[id] for id in plain], skip_special_tokens=False)
     likely = [(id, text) for id, text in zip(plain, texts, strict=True) if text[:1] == " " and text[1:].isalpha()]
     read = tokenizer.encode_batch([text for _, text in likely], add_special_tokens=False)

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from bench.commands.options import Check, JsonFile
 from bench.commands.terminal import attempt, end, fail, heal, make_console, num_missed, parse_names
 from bench.results import gather_setting, write_json
 from bench.systems import make_system
@@ -22,9 +23,9 @@ def agents(
     rounds: Annotated[int | None, typer.Option(min=1, help="Turns of each policy; default: 4, with --quick 1.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Decides tasks, results of tools and pauses.")] = 0,
     config: Annotated[Path, typer.Option(help="Real engines in both pools, two or more of each.")] = AGENTS_CONFIG,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything that was measured here.")] = None,
+    json_file: JsonFile = None,
     quick: Annotated[bool, typer.Option("--quick", help="A few minutes: one round of fewer turns.")] = False,
-    check: Annotated[bool, typer.Option("--check", help="Exit 1 where a target is missed.")] = False,
+    check: Check = False,
 ) -> None:
     """Let tool-looping agents work at once on real engines, by one policy and by another in turns."""
     console = make_console()

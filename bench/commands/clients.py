@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from bench.commands.options import Check, JsonFile
 from bench.commands.terminal import (
     DEFAULT_CONFIGS,
     attempt,
@@ -45,9 +46,9 @@ def clients(
     seed: Annotated[
         int | None, typer.Option(min=0, help="Decides the prompts. Default: a new one, so that no cache has them.")
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything that was measured here.")] = None,
+    json_file: JsonFile = None,
     quick: Annotated[bool, typer.Option("--quick", help="Minutes: one round of fifteen seconds.")] = False,
-    check: Annotated[bool, typer.Option("--check", help="Exit 1 where a target is missed.")] = False,
+    check: Check = False,
 ) -> None:
     """Put the same load on one server by our generator and by others, and compare what they say of it."""
     console = make_console()

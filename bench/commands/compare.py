@@ -11,6 +11,20 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from bench.commands.options import (
+    DEFAULT_SLO,
+    ApiKey,
+    Check,
+    JsonFile,
+    LoadDurationS,
+    LoadSeed,
+    MaxLatenessMs,
+    MaxPauseS,
+    Model,
+    RequestTimeoutS,
+    Slo,
+    WarmUpS,
+)
 from bench.commands.terminal import (
     DEFAULT_CONFIGS,
     attempt,
@@ -25,11 +39,10 @@ from bench.commands.terminal import (
     say_autogroups,
 )
 from bench.compare_plan import AFTER_IT, IS_WHAT, WAKE_S, ComparePlan, Contestant, SystemKind, parse_contestants, plan
-from bench.load_plan import DEFAULT_SLOS, SLOS, LoadPlan, slo_of
+from bench.load_plan import LoadPlan, slo_of
 from bench.load_progress import LoadProgress
 from bench.results import EngineKind, gather_setting, write_json
 from bench.workloads import WORKLOADS
-from gateway.client import API_KEY_VARIABLE
 from gateway.settings import ConfigError, Settings, load
 
 START_AND_STOP_S = 45.0
@@ -62,30 +75,24 @@ def compare(
     ] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Trajectories at a time in that measurement.")] = 16,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each system.")] = 2,
-    duration_s: Annotated[float | None, typer.Option(min=1.0, help="How long trajectories arrive.")] = None,
-    warm_up_s: Annotated[float | None, typer.Option(min=0.0, help="Of it, not measured; default: a fifth.")] = None,
+    duration_s: LoadDurationS = None,
+    warm_up_s: WarmUpS = None,
     drain_s: Annotated[float | None, typer.Option(min=0.0, help="How much longer sessions may go on.")] = None,
     scale: Annotated[
         float | None, typer.Option(min=0.001, help="Multiplies all lengths; default: so that the context holds them.")
     ] = None,
-    max_pause_s: Annotated[float, typer.Option(min=0.0, help="Longer pauses are cut to this.")] = 2.0,
+    max_pause_s: MaxPauseS = 2.0,
     max_model_len: Annotated[int | None, typer.Option(min=1, help="Default: what configuration or server say.")] = None,
-    slo: Annotated[
-        str, typer.Option(help=f"Comma-separated, TTFT/TPOT in ms as in 2000/100, or of: {', '.join(SLOS)}.")
-    ] = ",".join(DEFAULT_SLOS),
-    request_timeout_s: Annotated[float, typer.Option(min=1.0, help="A request that takes longer has failed.")] = 120.0,
-    max_lateness_ms: Annotated[
-        float, typer.Option(min=0.1, help="A run whose generator's lateness p99 is above is invalid.")
-    ] = 50.0,
-    model: Annotated[str | None, typer.Option(help="Default: the one that is served.")] = None,
-    api_key: Annotated[
-        str | None, typer.Option(envvar=API_KEY_VARIABLE, help="Better given in the environment.", show_envvar=True)
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Decides who arrives when, and all lengths.")] = 0,
+    slo: Slo = DEFAULT_SLO,
+    request_timeout_s: RequestTimeoutS = 120.0,
+    max_lateness_ms: MaxLatenessMs = 50.0,
+    model: Model = None,
+    api_key: ApiKey = None,
+    seed: LoadSeed = 0,
     html_file: Annotated[Path | None, typer.Option("--html", help="Write the report as one page here.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything that was measured here.")] = None,
+    json_file: JsonFile = None,
     quick: Annotated[bool, typer.Option("--quick", help="Two rates of fifteen seconds.")] = False,
-    check: Annotated[bool, typer.Option("--check", help="Exit 1 where a target is missed.")] = False,
+    check: Check = False,
 ) -> None:
     """Start systems in turns, load each with the same sessions, and say which serves them better and by how much."""
     console = make_console()

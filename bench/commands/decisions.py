@@ -6,16 +6,17 @@ from typing import Annotated
 
 import typer
 
+from bench.commands.options import Check, JsonFile
 from bench.commands.terminal import attempt, drawing, end, fail, make_console, num_missed, parse_names
 from bench.results import gather_setting, write_json
 
 
 def decisions(
     policies: Annotated[str, typer.Option(help="Comma-separated; default: all.")] = "",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything that was measured here.")] = None,
+    json_file: JsonFile = None,
     plot: Annotated[Path | None, typer.Option(help="Draw an HTML file here (needs the extra `bench`).")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A minute: fewer decisions and requests.")] = False,
-    check: Annotated[bool, typer.Option("--check", help="Exit 1 where a target is missed.")] = False,
+    check: Check = False,
 ) -> None:
     """Measure the gateway's own CPU: for one decision, and for each request as requests and replicas grow."""
     console = make_console()

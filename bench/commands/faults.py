@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from bench.commands.options import Check, JsonFile
 from bench.commands.terminal import FAULTS_CONFIG, STOPPED, attempt, end, fail, heal, make_console, parse_names
 from bench.results import gather_setting, write_json
 from gateway.settings import ConfigError, load
@@ -19,9 +20,9 @@ def faults(
     ),
     again: Annotated[bool, typer.Option("--again", help="Run cases that have a result as well.")] = False,
     config: Annotated[Path, typer.Option(help="Real engines in both pools.")] = FAULTS_CONFIG,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything that was seen here.")] = None,
+    json_file: JsonFile = None,
     quick: Annotated[bool, typer.Option("--quick", help="A few minutes: four cases.")] = False,
-    check: Annotated[bool, typer.Option("--check", help="Exit 1 where a target is missed.")] = False,
+    check: Check = False,
 ) -> None:
     """Kill and stop real processes of a run with real engines while clients stream, and see what becomes of both."""
     console = make_console()

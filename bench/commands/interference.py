@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from bench.commands.options import Check, JsonFile
 from bench.commands.terminal import (
     DEFAULT_CONFIGS,
     attempt,
@@ -39,9 +40,9 @@ def interference(
     config: Annotated[Path, typer.Option(help="One prefill and one decode engine, on a core each.")] = DEFAULT_CONFIGS[
         EngineKind.VLLM
     ],
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything that was measured here.")] = None,
+    json_file: JsonFile = None,
     quick: Annotated[bool, typer.Option("--quick", help="Minutes: one round, one chunk size, two rates.")] = False,
-    check: Annotated[bool, typer.Option("--check", help="Exit 1 where a target is missed.")] = False,
+    check: Check = False,
 ) -> None:
     """Write streams while long prompts arrive: the time between tokens, split and aggregated, on equal cores."""
     console = make_console()

@@ -3,20 +3,32 @@
 import os
 import secrets
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
+from bench.commands.options import (
+    DEFAULT_SLO,
+    ApiKey,
+    Check,
+    JsonFile,
+    LoadDurationS,
+    LoadSeed,
+    MaxLatenessMs,
+    MaxPauseS,
+    Model,
+    RequestTimeoutS,
+    Slo,
+    WarmUpS,
+)
 from bench.commands.terminal import DEFAULT_CONFIGS, end, fail, make_console, num_missed, parse_names
 from bench.interrupts import INTERRUPTED, interrupt_once
-from bench.load_plan import DEFAULT_SLOS, SLOS, LoadPlan, ServerFacts, ServerKind, slo_of
+from bench.load_plan import LoadPlan, ServerFacts, ServerKind, slo_of
 from bench.load_progress import LoadProgress
 from bench.results import EngineKind, gather_setting, write_json
 from bench.workloads import FIXED, WORKLOADS
-from gateway.client import API_KEY_VARIABLE
 
 if TYPE_CHECKING:
     from bench.load_report import LoadReport
@@ -36,36 +48,30 @@ def load(
         ),
     ] = "",
     url: Annotated[str, typer.Option(help="The server, without /v1.")] = DEFAULT_URL,
-    model: Annotated[str | None, typer.Option(help="Default: the one that is served.")] = None,
-    api_key: Annotated[
-        str | None, typer.Option(envvar=API_KEY_VARIABLE, help="Better given in the environment.", show_envvar=True)
-    ] = None,
+    model: Model = None,
+    api_key: ApiKey = None,
     rate: Annotated[float | None, typer.Option(min=0.001, help="Trajectories that arrive per second.")] = None,
     concurrency: Annotated[
         int | None, typer.Option(min=1, help="A closed loop instead: so many trajectories at a time.")
     ] = None,
-    duration_s: Annotated[float | None, typer.Option(min=1.0, help="How long trajectories arrive.")] = None,
-    warm_up_s: Annotated[float | None, typer.Option(min=0.0, help="Of it, not measured; default: a fifth.")] = None,
+    duration_s: LoadDurationS = None,
+    warm_up_s: WarmUpS = None,
     drain_s: Annotated[float, typer.Option(min=0.0, help="How much longer sessions under way may go on.")] = 30.0,
     scale: Annotated[float, typer.Option(min=0.001, help="Multiplies all lengths, to fit a small context.")] = 1.0,
-    max_pause_s: Annotated[float, typer.Option(min=0.0, help="Longer pauses are cut to this.")] = 30.0,
+    max_pause_s: MaxPauseS = 30.0,
     max_model_len: Annotated[
         int | None, typer.Option(min=1, help="Where the server does not tell its context.")
     ] = None,
-    slo: Annotated[
-        str, typer.Option(help=f"Comma-separated, TTFT/TPOT in ms as in 2000/100, or of: {', '.join(SLOS)}.")
-    ] = ",".join(DEFAULT_SLOS),
-    request_timeout_s: Annotated[float, typer.Option(min=1.0, help="A request that takes longer has failed.")] = 300.0,
-    max_lateness_ms: Annotated[
-        float, typer.Option(min=0.1, help="A run whose generator's lateness p99 is above is invalid.")
-    ] = 10.0,
+    slo: Slo = DEFAULT_SLO,
+    request_timeout_s: RequestTimeoutS = 300.0,
+    max_lateness_ms: MaxLatenessMs = 10.0,
     tokenizer: Annotated[
         str | None, typer.Option(help="Folder or Hugging Face id: prompts of all its plain tokens.")
     ] = None,
     as_text: Annotated[
         bool, typer.Option("--text", help=f"Send words of --tokenizer in place of token ids; with {FIXED} only.")
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Decides who arrives when, and all lengths.")] = 0,
+    seed: LoadSeed = 0,
     salt: Annotated[str | None, typer.Option(help="Decides the text; default: new, so that no cache has it.")] = None,
     first_in_line: Annotated[
         bool, typer.Option(help="As root, get a core before all others; not when beside clients that do not.")
@@ -73,9 +79,9 @@ def load(
     generator_check: Annotated[
         bool, typer.Option("--generator-check", help="Measure the generator alone, against a mock server.")
     ] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything that was measured here.")] = None,
+    json_file: JsonFile = None,
     quick: Annotated[bool, typer.Option("--quick", help="Ten seconds, short pauses.")] = False,
-    check: Annotated[bool, typer.Option("--check", help="Exit 1 where a target is missed.")] = False,
+    check: Check = False,
 ) -> None:
     """Load a server with sessions of agents, chats or single requests that do not wait for it."""
     console = make_console()
@@ -155,7 +161,7 @@ def _run(console: Console, plan: LoadPlan, trace: "Trace", server: ServerFacts, 
     from bench.load_text import PLAIN_TOKENS
     from bench.streams import raise_open_files
     from bench.words import read_words
-    from engine.vocabulary import plain_tokens
+    from engine.vocabulary import plain_tokens, read_tokenizer
 
     words = None
     try:
@@ -163,7 +169,7 @@ def _run(console: Console, plan: LoadPlan, trace: "Trace", server: ServerFacts, 
             words = read_words(plan.vocabulary)
             vocabulary = words.token_ids
         else:
-            vocabulary = plain_tokens(plan.vocabulary) if plan.vocabulary else PLAIN_TOKENS
+            vocabulary = plain_tokens(read_tokenizer(plan.vocabulary)) if plan.vocabulary else PLAIN_TOKENS
     except ValueError as error:
         fail(f"--tokenizer: {error}")
     raise_open_files(0)

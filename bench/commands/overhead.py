@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bench.commands.options import Check, JsonFile
 from bench.commands.terminal import (
     DEFAULT_CONFIGS,
     attempt,
@@ -103,10 +104,10 @@ def overhead(
             f"{', '.join(str(path) for path in DEFAULT_CONFIGS.values())}."
         ),
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything that was measured here.")] = None,
+    json_file: JsonFile = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw the medians into this HTML file.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A few minutes: fewer systems, cells and rounds.")] = False,
-    check: Annotated[bool, typer.Option("--check", help="Exit 1 where a target is missed.")] = False,
+    check: Check = False,
 ) -> None:
     """Compare Baton with one bare vLLM server and with vllm-router over a prefill and a decode server."""
     console = make_console()

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from bench.commands.options import Check, JsonFile
 from bench.commands.terminal import DEFAULT_CONFIGS, attempt, end, fail, heal, make_console, num_missed
 from bench.results import EngineKind, gather_setting, write_json
 from bench.systems import make_system
@@ -26,9 +27,9 @@ def overload(
     config: Annotated[Path, typer.Option(help="With --engine vllm: what is served.")] = DEFAULT_CONFIGS[
         EngineKind.VLLM
     ],
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything that was measured here.")] = None,
+    json_file: JsonFile = None,
     quick: Annotated[bool, typer.Option("--quick", help="Shorter loads.")] = False,
-    check: Annotated[bool, typer.Option("--check", help="Exit 1 where a target is missed.")] = False,
+    check: Check = False,
 ) -> None:
     """Ask for far more than there is capacity for, and see what is answered in time and how the rest is refused."""
     console = make_console()

@@ -7,6 +7,7 @@ import msgspec
 import typer
 from rich.markup import escape
 
+from bench.commands.options import Check, JsonFile
 from bench.commands.terminal import (
     attempt,
     check_names,
@@ -36,11 +37,11 @@ def replay(
     kv: Annotated[float, typer.Option(min=0.1, help="KV memory of each GPU, times what it has.")] = 1.0,
     model: Annotated[str, typer.Option(help="GPU and model (engine/roofline.py).")] = "qwen3-coder-30b-a3b-fp8-h100",
     shards: Annotated[int, typer.Option(min=1, help="Processes; each takes a core.")] = 2,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything that was measured here.")] = None,
+    json_file: JsonFile = None,
     resume: Annotated[Path | None, typer.Option(help="Take from this report (--json) what it has already.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the figures into this HTML file.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A short cohort, one seed.")] = False,
-    check: Annotated[bool, typer.Option("--check", help="Exit 1 where a target is missed.")] = False,
+    check: Check = False,
 ) -> None:
     """Replay recorded agent sessions through what ships, in virtual time over simulated GPUs."""
     console = make_console()

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from bench.commands.options import JsonFile
 from bench.commands.terminal import DEFAULT_CONFIGS, attempt, end, fail, make_console
 from bench.results import EngineKind, gather_setting, write_json
 from gateway.settings import ConfigError, load
@@ -16,7 +17,7 @@ def reverse(
     config: Annotated[Path, typer.Option(help="Real engines in both pools; one of each is started.")] = DEFAULT_CONFIGS[
         EngineKind.VLLM
     ],
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write every trial here.")] = None,
+    json_file: JsonFile = None,
     quick: Annotated[bool, typer.Option("--quick", help="Two cells only.")] = False,
 ) -> None:
     """Serve a session's second turn with KV from prefill's cache, from decode, or from nowhere, and compare."""

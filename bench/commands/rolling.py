@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from bench.commands.options import Check, JsonFile
 from bench.commands.terminal import FAULTS_CONFIG, attempt, end, fail, heal, make_console, num_missed
 from bench.results import gather_setting, write_json
 from gateway.settings import ConfigError, load
@@ -19,10 +20,10 @@ def rolling(
         bool,
         typer.Option("--other-format", help="The new engines exchange no KV with the old ones (handoff.kv_format)."),
     ] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything that was seen here.")] = None,
+    json_file: JsonFile = None,
     logs: Annotated[Path | None, typer.Option(help="Keep the ends of the logs here if something went wrong.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer clients, and fewer answers to compare.")] = False,
-    check: Annotated[bool, typer.Option("--check", help="Exit 1 where a target is missed.")] = False,
+    check: Check = False,
 ) -> None:
     """Deploy new engine arguments while clients stream: every replica is replaced, and no request may fail."""
     console = make_console()

@@ -7,6 +7,7 @@ import msgspec
 import typer
 from rich.markup import escape
 
+from bench.commands.options import Check, JsonFile
 from bench.commands.terminal import (
     attempt,
     check_names,
@@ -35,13 +36,13 @@ def scaling(
     policy: Annotated[str, typer.Option(help="What places requests.")] = "baton",
     model: Annotated[str, typer.Option(help="GPU and model (engine/roofline.py).")] = "qwen3-coder-30b-a3b-fp8-h100",
     shards: Annotated[int, typer.Option(min=1, help="Processes; each takes a core.")] = 2,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything that was measured here.")] = None,
+    json_file: JsonFile = None,
     resume: Annotated[
         list[Path] | None, typer.Option(help="Take from this report (--json) the runs that it has; may be repeated.")
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the figures into this HTML file.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A day of two hours, and one fixed size.")] = False,
-    check: Annotated[bool, typer.Option("--check", help="Exit 1 where a target is missed.")] = False,
+    check: Check = False,
 ) -> None:
     """Replay a day of traffic: GPU-hours of pools that follow it, against pools of a fixed size."""
     console = make_console()

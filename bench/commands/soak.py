@@ -1,11 +1,11 @@
 """Owns the command `soak`: very many simulated requests among faults."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.markup import escape
 
+from bench.commands.options import Check, JsonFile
 from bench.commands.terminal import attempt, end, make_console, num_missed
 from bench.results import gather_setting, write_json
 
@@ -15,9 +15,9 @@ def soak(
     seed: Annotated[int, typer.Option(min=0, help="Decides everything that happens.")] = 0,
     shards: Annotated[int, typer.Option(min=1, help="Processes; each takes a core.")] = 2,
     world_requests: Annotated[int | None, typer.Option(min=1, help="Requests of each world, which has a seed.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything that was counted here.")] = None,
+    json_file: JsonFile = None,
     quick: Annotated[bool, typer.Option("--quick", help="A minute: fewer requests.")] = False,
-    check: Annotated[bool, typer.Option("--check", help="Exit 1 where a target is missed.")] = False,
+    check: Check = False,
 ) -> None:
     """Simulate very many requests among faults, in virtual time, and count those that are lost, hung or wrong."""
     console = make_console()

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from bench.commands.options import Check, JsonFile
 from bench.commands.terminal import DEFAULT_CONFIGS, attempt, end, fail, heal, make_console, num_missed
 from bench.results import EngineKind, gather_setting, write_json
 from bench.systems import make_system
@@ -20,9 +21,9 @@ def streams(
     ] = None,
     measure_s: Annotated[float | None, typer.Option(min=1.0, help="How long the window is.")] = None,
     config: Annotated[Path, typer.Option(help="One simulated engine.")] = DEFAULT_CONFIGS[EngineKind.SIMULATED],
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything that was measured here.")] = None,
+    json_file: JsonFile = None,
     quick: Annotated[bool, typer.Option("--quick", help="A minute: fewer streams and tokens.")] = False,
-    check: Annotated[bool, typer.Option("--check", help="Exit 1 where a target is missed.")] = False,
+    check: Check = False,
 ) -> None:
     """Hold very many slow streams on one gateway replica over a simulated engine."""
     console = make_console()
@@ -37,7 +38,7 @@ def streams(
         raise_open_files,
         settings_for,
     )
-    from engine.vocabulary import plain_tokens
+    from engine.vocabulary import plain_tokens, read_tokenizer
 
     plan = StreamsPlan(
         config=str(config),
@@ -50,7 +51,7 @@ def streams(
     try:
         settings = settings_for(plan)
         open_files = raise_open_files(plan.streams)
-        vocabulary = plain_tokens(settings.model.path)
+        vocabulary = plain_tokens(read_tokenizer(settings.model.path))
     except (ConfigError, ValueError) as error:
         fail(str(error))
     heal(console)

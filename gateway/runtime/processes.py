@@ -132,8 +132,13 @@ def is_resource_tracker(command: str) -> bool:
 # Gathering
 
 
+def process_of(pid: int) -> ProcessId:
+    """Who has this number now, also a zombie. Raises OSError if there is none."""
+    return ProcessId(pid, _stat(pid)[1])
+
+
 def this_process() -> ProcessId:
-    return ProcessId(os.getpid(), _started_ticks(os.getpid()))
+    return process_of(os.getpid())
 
 
 def this_machine() -> str:
@@ -226,10 +231,6 @@ def _stat_fields(pid: int) -> list[str]:
 def _stat(pid: int) -> tuple[str, int]:
     fields = _stat_fields(pid)
     return fields[0], int(fields[19])
-
-
-def _started_ticks(pid: int) -> int:
-    return _stat(pid)[1]
 
 
 def _read_state(path: Path) -> RunState | None:

@@ -46,7 +46,7 @@ class Run:
             text=True,
             start_new_session=True,
         )
-        self.id = next(facts.id for facts in processes.gather_processes() if facts.id.pid == self.process.pid)
+        self.id = processes.process_of(self.process.pid)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 

@@ -129,6 +129,16 @@ def test_refusals_failures_and_late_tokens_miss_the_limits() -> None:
     assert made.errors == ("1 x HTTP 429: busy", "1 x broke off")
 
 
+def test_what_lies_between_the_first_two_tokens_is_told_apart() -> None:
+    gaps_s = ([0.04, 0.01, 0.01], [0.02, 0.01], [])
+    figures = report([turn(3.0, gaps_s=array("d", each)) for each in gaps_s]).figures
+    assert figures is not None
+    assert figures.first_gap_ms is not None
+    assert figures.first_gap_ms.p50 == pytest.approx(30)
+    assert figures.itl_ms is not None
+    assert figures.itl_ms.p50 == pytest.approx(10)
+
+
 def test_a_limit_is_met_when_99_of_100_keep_it() -> None:
     good = [turn(3.0)] * 99
     for late, is_met in (([turn(3.0, ttft_ms=500)], True), ([turn(3.0, ttft_ms=500)] * 2, False)):

@@ -117,7 +117,7 @@ def test_cpu_time_of_what_has_ended_counts(monkeypatch: pytest.MonkeyPatch) -> N
     seen = [{parent: 1.0}, {parent: 1.5, child: 2.0}, {parent: 1.75}]
     monkeypatch.setattr(processes, "descendants", lambda _root: [])
     monkeypatch.setattr(cpu, "read", lambda _ids: {id: ProcessCpu(Role.SERVER, "", s) for id, s in seen.pop(0).items()})
-    tree = TreeCpu(parent.pid)
+    tree = TreeCpu(parent)
     assert [tree.used_s() for _ in range(3)] == [1.0, 3.5, 3.75]
 
 

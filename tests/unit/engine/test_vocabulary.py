@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, models
 
-from engine.vocabulary import plain_tokens
+from engine.vocabulary import plain_tokens, read_tokenizer
 
 MODEL = Path(__file__).parents[3] / "configs" / "models" / "mini"
 
 
 def test_the_shipped_models_plain_tokens_read_well_and_hold_no_special_one() -> None:
-    tokenizer = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
-    tokens = plain_tokens(str(MODEL))
+    tokenizer = read_tokenizer(str(MODEL))
+    tokens = plain_tokens(tokenizer)
     assert len(tokens) > 1000
     assert list(tokens) == sorted(set(tokens))
     assert not set(tokens) & tokenizer.get_added_tokens_decoder().keys()
@@ -22,13 +22,14 @@ def test_the_shipped_models_plain_tokens_read_well_and_hold_no_special_one() -> 
 
 
 def test_a_model_without_a_tokenizer_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"cannot read the tokenizer of .*; simulated engines need a model with a"):
-        plain_tokens(str(tmp_path))
+    with pytest.raises(
+        ValueError, match=r"cannot read the tokenizer of .*; name a model, or a folder, that has a tokenizer"
+    ):
+        read_tokenizer(str(tmp_path))
 
 
-def test_a_tokenizer_without_plain_tokens_is_refused(tmp_path: Path) -> None:
+def test_a_tokenizer_without_plain_tokens_is_refused() -> None:
     tokenizer = Tokenizer(models.WordLevel({"<s>": 0}, unk_token="<s>"))
     tokenizer.add_special_tokens(["<s>"])
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ValueError, match="no token that is plain text"):
-        plain_tokens(str(tmp_path))
+        plain_tokens(tokenizer)
