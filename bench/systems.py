@@ -253,14 +253,14 @@ def bare_parallel(settings: Settings, folder: Path) -> Recipe:
 def router(settings: Settings, folder: Path, is_equal: bool) -> Recipe:
     """vllm-router over a server in each place. Raises StartFailed if the router cannot be installed."""
     own_places = places(settings)
-    ports = free_ports(LOOPBACK, 2 * len(own_places))
+    router_port, metrics_port, *ports = free_ports(LOOPBACK, 2 + 2 * len(own_places))
     side_channel_ports = ports[len(own_places) :]
     engines = tuple(
         _vllm_server(settings, folder, place.phase, [place], port, side_channel_port, is_equal)
         for place, port, side_channel_port in zip(own_places, ports, side_channel_ports, strict=False)
     )
     urls = [(place.phase, _url(port)) for place, port in zip(own_places, ports, strict=False)]
-    return _routed(settings, folder, engines, urls)
+    return _routed(settings, folder, engines, urls, router_port, metrics_port)
 
 
 def simulated_bare(settings: Settings, config: Path, folder: Path) -> Recipe:
@@ -273,10 +273,12 @@ def simulated_bare(settings: Settings, config: Path, folder: Path) -> Recipe:
 
 def simulated_router(settings: Settings, config: Path, folder: Path) -> Recipe:
     """vllm-router over two servers that simulate vLLM's. Raises StartFailed if the router cannot be installed."""
-    ports = dict(zip((Phase.PREFILL, Phase.DECODE), free_ports(LOOPBACK, 2), strict=True))
+    router_port, metrics_port, *engine_ports = free_ports(LOOPBACK, 4)
+    ports = dict(zip((Phase.PREFILL, Phase.DECODE), engine_ports, strict=True))
     env = _simulated_environment(settings, folder)
     engines = tuple(mock_engine(config, f"mock-{phase}", port, env) for phase, port in ports.items())
-    return _routed(settings, folder, engines, [(phase, _url(port)) for phase, port in ports.items()])
+    urls = [(phase, _url(port)) for phase, port in ports.items()]
+    return _routed(settings, folder, engines, urls, router_port, metrics_port)
 
 
 def mock_engine(config: Path, name: str, port: int, env: dict[str, str]) -> Command:
@@ -296,10 +298,14 @@ def mock_system(settings: Settings, config: Path) -> System:
 
 
 def _routed(
-    settings: Settings, folder: Path, engines: tuple[Command, ...], urls: Sequence[tuple[Phase, str]]
+    settings: Settings,
+    folder: Path,
+    engines: tuple[Command, ...],
+    urls: Sequence[tuple[Phase, str]],
+    port: int,
+    metrics_port: int,
 ) -> Recipe:
-    """`urls` are the engines' servers'."""
-    port, metrics_port = free_ports(LOOPBACK, 2)
+    """`urls` are the engines' servers'; the ports are the router's, chosen together with theirs."""
     executable = _router_executable()
     env = _peer_environment(settings, folder)
     del env["PYTHONPATH"]  # it has packages of its own

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 
-from engine.vocabulary import plain_tokens, read_tokenizer
+from engine.vocabulary import read_vocabulary
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Words:
 
 def read_words(model: str) -> Words:
     """Of a folder with a tokenizer.json, or a Hugging Face id. Raises ValueError if it has no such tokens."""
-    tokenizer = read_tokenizer(model)
-    plain = plain_tokens(tokenizer)
+    vocabulary = read_vocabulary(model)
+    tokenizer, plain = vocabulary.tokenizer, vocabulary.plain
     texts = tokenizer.decode_batch([[id] for id in plain], skip_special_tokens=False)
     likely = [(id, text) for id, text in zip(plain, texts, strict=True) if text[:1] == " " and text[1:].isalpha()]
     read = tokenizer.encode_batch([text for _, text in likely], add_special_tokens=False)

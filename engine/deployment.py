@@ -18,7 +18,7 @@ from engine.link import LinkServer
 from engine.protocol import Engine, Phase
 from engine.simulated import SimulatedEngine, SimulatedEngineConfig, SimulatedFabric
 from engine.termination import end_at_sigterm
-from engine.vocabulary import plain_tokens, read_tokenizer
+from engine.vocabulary import read_vocabulary
 from engine.worker import Worker
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class EngineSpec:
     def simulated_config(self) -> SimulatedEngineConfig:
         """With the vocabulary of the model's tokenizer. Raises ValueError when that cannot be used."""
         assert self.simulation is not None
-        rule = replace(self.simulation.token_rule, vocabulary=plain_tokens(read_tokenizer(self.model)))
+        rule = replace(self.simulation.token_rule, vocabulary=read_vocabulary(self.model).plain)
         return replace(self.simulation, token_rule=rule)
 
     def simulated_engine(self, replica_id: str) -> SimulatedEngine:

@@ -161,7 +161,7 @@ def _run(console: Console, plan: LoadPlan, trace: "Trace", server: ServerFacts, 
     from bench.load_text import PLAIN_TOKENS
     from bench.streams import raise_open_files
     from bench.words import read_words
-    from engine.vocabulary import plain_tokens, read_tokenizer
+    from engine.vocabulary import read_vocabulary
 
     words = None
     try:
@@ -169,7 +169,7 @@ def _run(console: Console, plan: LoadPlan, trace: "Trace", server: ServerFacts, 
             words = read_words(plan.vocabulary)
             vocabulary = words.token_ids
         else:
-            vocabulary = plain_tokens(read_tokenizer(plan.vocabulary)) if plan.vocabulary else PLAIN_TOKENS
+            vocabulary = read_vocabulary(plan.vocabulary).plain if plan.vocabulary else PLAIN_TOKENS
     except ValueError as error:
         fail(f"--tokenizer: {error}")
     raise_open_files(0)

@@ -38,7 +38,7 @@ def streams(
         raise_open_files,
         settings_for,
     )
-    from engine.vocabulary import plain_tokens, read_tokenizer
+    from engine.vocabulary import read_vocabulary
 
     plan = StreamsPlan(
         config=str(config),
@@ -51,7 +51,7 @@ def streams(
     try:
         settings = settings_for(plan)
         open_files = raise_open_files(plan.streams)
-        vocabulary = plain_tokens(read_tokenizer(settings.model.path))
+        vocabulary = read_vocabulary(settings.model.path).plain
     except (ConfigError, ValueError) as error:
         fail(str(error))
     heal(console)

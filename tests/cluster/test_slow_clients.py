@@ -20,7 +20,7 @@ import yaml
 
 from engine.protocol import Phase
 from engine.simulated import SimulatedEngineConfig, TokenRule, expected_answer
-from engine.vocabulary import plain_tokens, read_tokenizer
+from engine.vocabulary import read_vocabulary
 from gateway.app import engine_spec
 from gateway.settings import load
 from tests.api.live import ROOT, Live, unique_tokens
@@ -188,7 +188,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     path.write_text(yaml.safe_dump(config))
     settings = load(path)
     engine = engine_spec(settings, Phase.DECODE).simulation
-    engine = replace(engine, token_rule=TokenRule(vocabulary=plain_tokens(read_tokenizer(settings.model.path))))
+    engine = replace(engine, token_rule=TokenRule(vocabulary=read_vocabulary(settings.model.path).plain))
     with running(path, "gateway.app:build") as run:
         server = Server(run, engine)
         yield server

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from bench import systems
 from bench.systems import (
     SIMULATED_SYSTEM_NAMES,
     Command,
@@ -92,6 +93,16 @@ def test_a_system_that_answers_is_not_ready_before_it_says_so() -> None:
 
 def test_stopping_what_was_never_started_does_nothing() -> None:
     system(command("")).stop()
+
+
+def test_the_routers_ports_are_none_of_its_servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(systems, "free_ports", lambda _host, count=1: [20_001, 20_002, 20_003, 20_004][:count])
+    monkeypatch.setattr(systems, "_router_executable", lambda: Path("vllm-router"))
+    config = CONFIGS / "simulated.yaml"
+    recipe = systems.simulated_router(load(config), config, tmp_path)
+    commands = [one for stage in recipe.stages for one in stage]
+    used = [word for one in commands for word in one.argv if word.startswith("2000")]
+    assert sorted(used) == ["20001", "20002", "20003", "20004"]
 
 
 def test_engine_arguments_become_flags() -> None:
